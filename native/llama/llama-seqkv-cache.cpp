@@ -1,0 +1,699 @@
+#include "llama-seqkv-cache.h"
+
+#include "llama-impl.h"
+#include "llama-io.h"
+#include "llama-kv-cache.h"
+#include "llama-kv-cache-iswa.h"
+#include "llama-memory-hybrid.h"
+#include "llama-memory-hybrid-iswa.h"
+#include "llama-model.h"
+
+#include "../block.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <stdexcept>
+
+static constexpr uint32_t STATE_MAGIC = 0x31564b53; // "SKV1"
+
+// FNV-1a, 64 bits
+static uint64_t hash_bytes(uint64_t h, const void * data, size_t n) {
+    for (size_t i = 0; i < n; ++i) {
+        h = (h ^ ((const uint8_t *) data)[i])*0x100000001b3ull;
+    }
+    return h;
+}
+static constexpr uint64_t HASH_INIT = 0xcbf29ce484222325ull;
+
+// Names, types and shapes of all tensors, the values of the small F32 ones (norms, biases) and the head of host-resident
+// token embeddings: enough to tell models apart in a saved state when no fingerprint was configured.
+static uint64_t hash_model(const llama_model & model) {
+    uint64_t h = HASH_INIT;
+    const std::string arch = model.arch_name();
+    h = hash_bytes(h, arch.data(), arch.size());
+    if (model.hparams.no_alloc) {
+        return h;
+    }
+    std::vector<uint8_t> buf;
+    for (const auto & [name, t] : model.tensors_by_name) {
+        h = hash_bytes(h, name.data(), name.size());
+        h = hash_bytes(h, &t->type, sizeof(t->type));
+        h = hash_bytes(h, t->ne, sizeof(t->ne));
+        const bool small = t->type == GGML_TYPE_F32 && ggml_nbytes(t) <= 64*1024 && t->buffer;
+        const bool embd  = t == model.tok_embd && t->buffer && ggml_backend_buffer_is_host(t->buffer);
+        if (small || embd) {
+            buf.resize(std::min<size_t>(ggml_nbytes(t), 64*1024));
+            ggml_backend_tensor_get(t, buf.data(), 0, buf.size());
+            h = hash_bytes(h, buf.data(), buf.size());
+        }
+    }
+    return h;
+}
+
+// Effective RoPE of a layer, the linear part of ggml_rope_ext: angle = position*freq[i].
+llama_seqkv_rope_t llama_seqkv_layer_rope(const llama_model & model, const llama_cparams & cparams, int32_t il) {
+    const auto & hparams = model.hparams;
+
+    llama_seqkv_rope_t res;
+    if (hparams.rope_type == LLAMA_ROPE_TYPE_NONE || !hparams.has_rope(il)) {
+        return res;
+    }
+
+    const int   n_rot      = (int) hparams.n_rot(il);
+    const float freq_base  = model.get_rope_freq_base (cparams, il);
+    const float freq_scale = model.get_rope_freq_scale(cparams, il);
+
+    std::vector<float> factors(n_rot/2, 1.0f);
+    if (ggml_tensor * t = model.get_rope_factors(cparams, il); t && t->buffer && !hparams.no_alloc) {
+        GGML_ASSERT(t->type == GGML_TYPE_F32 && t->ne[0] >= n_rot/2);
+        ggml_backend_tensor_get(t, factors.data(), 0, n_rot/2*sizeof(float));
+    }
+
+    float corr[2];
+    ggml_rope_yarn_corr_dims(n_rot, cparams.n_ctx_orig_yarn, freq_base, cparams.yarn_beta_fast, cparams.yarn_beta_slow, corr);
+
+    res.neox = hparams.rope_type & GGML_ROPE_TYPE_NEOX;
+    for (int i = 0; i < n_rot/2; ++i) {
+        const double extrap = std::pow((double) freq_base, -2.0*i/n_rot)/factors[i];
+        const double interp = freq_scale*extrap;
+        const double ramp   = 1.0 - std::min(1.0, std::max(0.0, (i - corr[0])/std::max(0.001, (double) corr[1] - corr[0])));
+        const double mix    = ramp*cparams.yarn_ext_factor;
+        res.freq.push_back((float) (interp*(1.0 - mix) + extrap*mix));
+    }
+    return res;
+}
+
+//
+// llama_seqkv
+//
+
+void llama_seqkv::slots::assign(int32_t s, int32_t c) {
+    drop_cell(c);
+    drop_slot(s);
+    cell[s] = c;
+    slot[c] = s;
+}
+
+void llama_seqkv::slots::drop_cell(int32_t c) {
+    if (slot[c] >= 0) {
+        cell[slot[c]] = -1;
+        slot[c] = -1;
+    }
+}
+
+void llama_seqkv::slots::drop_slot(int32_t s) {
+    if (cell[s] >= 0) {
+        slot[cell[s]] = -1;
+        cell[s] = -1;
+    }
+}
+
+llama_seqkv * llama_seqkv::of(llama_memory_i * memory) {
+    if (auto * kv = dynamic_cast<llama_kv_cache *>(memory)) {
+        return kv->seqkv.get();
+    }
+    if (auto * iswa = dynamic_cast<llama_kv_cache_iswa *>(memory)) {
+        return iswa->get_base()->seqkv.get();
+    }
+    if (auto * hybrid = dynamic_cast<llama_memory_hybrid *>(memory)) {
+        return hybrid->get_mem_attn()->seqkv.get();
+    }
+    if (auto * hybrid = dynamic_cast<llama_memory_hybrid_iswa *>(memory)) {
+        return hybrid->get_mem_attn()->get_base()->seqkv.get();
+    }
+    return nullptr;
+}
+
+llama_seqkv::llama_seqkv(llama_kv_cache & kv) : kv(kv) {
+    static const llama_seqkv_config config_default;
+    const llama_seqkv_config & config = kv.model.seqkv ? *kv.model.seqkv : config_default;
+
+    n_sink   = config.n_sink;
+    n_window = config.n_window;
+    model_id = config.model_id;
+    n_slots  = std::max<uint32_t>(1, kv.n_seq_max*(n_sink + n_window));
+
+    const uint32_t kv_size = kv.get_size();
+    streams.resize(kv.n_stream);
+    for (auto & st : streams) {
+        st.cell.assign(n_slots, -1);
+        st.slot.assign(kv_size, -1);
+    }
+
+    // window and profile tensors live with the layer's K
+    std::map<ggml_backend_buffer_type_t, ggml_context_ptr> ctxs;
+    profile_hash = config.means.empty() ? 0 : HASH_INIT;
+    for (const auto & l : kv.layers) {
+        ggml_backend_buffer_type_t buft = ggml_backend_buffer_get_type(l.k->buffer);
+        auto & ctx = ctxs[buft];
+        if (!ctx) {
+            ctx.reset(ggml_init({ 2*kv.layers.size()*ggml_tensor_overhead(), nullptr, true }));
+        }
+
+        layer res;
+        res.il  = l.il;
+        const int64_t row = l.k->ne[0] + l.v->ne[0];
+        res.win = ggml_new_tensor_3d(ctx.get(), GGML_TYPE_F16, row, n_slots, kv.n_stream);
+        ggml_format_name(res.win, "cache_win_l%d", l.il);
+
+        if (auto it = config.means.find(l.il); it != config.means.end()) {
+            GGML_ASSERT((int64_t) it->second.size() == row); // checked by llama_seqkv_configure
+            res.means = it->second;
+            res.prof  = ggml_new_tensor_1d(ctx.get(), GGML_TYPE_F32, row);
+            ggml_format_name(res.prof, "seqkv_prof_l%d", l.il);
+            profile_hash = hash_bytes(profile_hash, res.means.data(), res.means.size()*sizeof(float));
+        }
+        layers.push_back(std::move(res));
+    }
+
+    size_t size = 0;
+    for (auto & [buft, ctx] : ctxs) {
+        ggml_backend_buffer_t buf;
+        if (kv.hparams.no_alloc) {
+            buf = ggml_backend_buft_alloc_buffer(buft, 0);
+            for (ggml_tensor * t = ggml_get_first_tensor(ctx.get()); t; t = ggml_get_next_tensor(ctx.get(), t)) {
+                t->buffer = buf;
+            }
+        } else {
+            buf = ggml_backend_alloc_ctx_tensors_from_buft(ctx.get(), buft);
+        }
+        if (!buf) {
+            throw std::runtime_error("failed to allocate the exact window of the seqkv cache");
+        }
+        ggml_backend_buffer_clear(buf, 0);
+        size += ggml_backend_buffer_get_size(buf);
+        kv.ctxs_bufs.emplace_back(std::move(ctx), buf);
+    }
+
+    model_hash = hash_model(kv.model);
+    upload_profile();
+
+    // The ops have to run where the cache lives. Ask before the first graph, so that nothing falls back to the CPU unnoticed.
+    for (const auto & l : kv.layers) {
+        ggml_backend_dev_t dev = ggml_backend_buft_get_device(ggml_backend_buffer_get_type(l.k->buffer));
+        if (dev && ggml_backend_dev_type(dev) != GGML_BACKEND_DEVICE_TYPE_CPU) {
+            ggml_tensor op = {};
+            op.op     = GGML_OP_SEQKV_STORE;
+            op.type   = l.k->type;
+            if (!ggml_backend_dev_supports_op(dev, &op)) {
+                throw std::runtime_error(format("the seqkv types are not available on %s (layer %d): keep the cache on the CPU (offload_kqv = false, or fewer GPU layers)",
+                            ggml_backend_dev_name(dev), l.il));
+            }
+        }
+    }
+
+    LLAMA_LOG_INFO("%s: exact window: %d sinks + %d last tokens per sequence, %u slots, %.2f MiB; profile: %s\n", __func__,
+            n_sink, n_window, n_slots, size/1024.0/1024.0, config.means.empty() ? "none, no means are subtracted" : config.profile.c_str());
+}
+
+void llama_seqkv::upload_profile() {
+    if (kv.hparams.no_alloc) {
+        return;
+    }
+    for (const auto & l : layers) {
+        if (l.prof) {
+            ggml_backend_tensor_set(l.prof, l.means.data(), 0, ggml_nbytes(l.prof));
+        }
+    }
+}
+
+void llama_seqkv::clear(bool data) {
+    for (auto & st : streams) {
+        std::fill(st.cell.begin(), st.cell.end(), -1);
+        std::fill(st.slot.begin(), st.slot.end(), -1);
+    }
+    if (data) {
+        upload_profile();
+    }
+}
+
+void llama_seqkv::stream_copy(uint32_t ssrc, uint32_t sdst) {
+    streams[sdst] = streams[ssrc];
+}
+
+void llama_seqkv::stream_copy_data(uint32_t ssrc, uint32_t sdst) {
+    for (const auto & l : layers) {
+        std::vector<uint8_t> buf(l.win->nb[2]);
+        ggml_backend_tensor_get(l.win, buf.data(), ssrc*l.win->nb[2], buf.size());
+        ggml_backend_tensor_set(l.win, buf.data(), sdst*l.win->nb[2], buf.size());
+    }
+}
+
+void llama_seqkv::cells_written(uint32_t strm, const std::vector<uint32_t> & idxs) {
+    auto & cells = kv.v_cells[strm];
+    for (const uint32_t c : idxs) {
+        streams[strm].drop_cell(c);
+
+        auto ext = cells.ext_get(c);
+        ext.x = cells.pos_get(c) % SEQKV_FRAME;
+        cells.ext_set(c, ext);
+    }
+}
+
+bool llama_seqkv::wanted(const llama_kv_cells & cells, uint32_t cell) const {
+    const llama_pos pos = cells.pos_get(cell);
+    if (is_sink(pos)) {
+        return true;
+    }
+    for (llama_seq_id s = 0; s < (llama_seq_id) kv.n_seq_max; ++s) {
+        if (cells.seq_has(cell, s) && pos > cells.seq_pos_max(s) - n_window) {
+            return true;
+        }
+    }
+    return false;
+}
+
+void llama_seqkv::begin_ubatch(const llama_kv_cache_context & mctx) {
+    const auto & sinfo  = mctx.sinfos [mctx.i_cur];
+    const auto & ubatch = mctx.ubatches[mctx.i_cur];
+
+    const uint32_t n_stream = sinfo.n_stream();
+    const uint32_t n_tokens = sinfo.size();
+    const uint32_t n_kv     = mctx.n_kv;
+    const uint32_t n_virt   = n_kv + n_slots + n_tokens;
+
+    GGML_ASSERT(ubatch.n_tokens == n_stream*n_tokens && sinfo.s1 - sinfo.s0 + 1 == n_stream);
+
+    ub.n_kv     = n_kv;
+    ub.n_stream = n_stream;
+    ub.n_tokens = n_tokens;
+    ub.s0       = sinfo.s0;
+    ub.read_slot.assign(n_stream, std::vector<int32_t>(n_kv, -1));
+    ub.cur_row  .assign(n_stream, std::vector<int32_t>(n_kv, -1));
+    ub.meta     .assign((size_t) n_stream*n_virt, -1);
+    ub.win_idxs .assign((size_t) n_stream*n_tokens, -1);
+    ub.origins  .clear();
+
+    std::unordered_map<int32_t, int32_t> row_of;
+    int32_t last_origin = 0, last_row = -1;
+    const auto meta_of = [&](const llama_kv_cells & cells, uint32_t c) {
+        const int32_t offset = cells.ext_get(c).x;
+        const int32_t origin = cells.pos_get(c) - offset;
+        if (last_row < 0 || origin != last_origin) {
+            const auto [it, fresh] = row_of.try_emplace(origin, SEQKV_FRAME + (int32_t) ub.origins.size());
+            if (fresh) {
+                ub.origins.push_back(origin);
+            }
+            last_origin = origin;
+            last_row    = it->second;
+        }
+        return last_row << 8 | offset;
+    };
+
+    for (uint32_t i = 0; i < n_stream; ++i) {
+        const uint32_t strm = sinfo.strm[i];
+        const auto & cells = kv.v_cells[strm];
+        const auto & idxs  = sinfo.idxs[i];
+        auto & st = streams[strm];
+        int32_t * meta = ub.meta.data() + (size_t) i*n_virt;
+
+        for (uint32_t c = 0; c < n_kv; ++c) {
+            if (!cells.is_empty(c)) {
+                meta[c] = meta_of(cells, c);
+            }
+        }
+
+        // exact rows that this ubatch can read, then the ones that are kept after it
+        for (uint32_t s = 0; s < n_slots; ++s) {
+            const int32_t c = st.cell[s];
+            if (c < 0) {
+                continue;
+            }
+            if (cells.is_empty(c)) {
+                st.drop_slot(s);
+                continue;
+            }
+            ub.read_slot[i][c] = s;
+            meta[n_kv + s] = meta[c];
+            if (!wanted(cells, c)) {
+                st.drop_slot(s);
+            }
+        }
+
+        uint32_t s = 0;
+        for (uint32_t t = 0; t < n_tokens; ++t) {
+            const uint32_t c = idxs[t];
+            ub.cur_row[i][c] = t;
+            meta[n_kv + n_slots + t] = meta[c];
+            if (wanted(cells, c)) {
+                while (s < n_slots && st.cell[s] >= 0) {
+                    ++s;
+                }
+                if (s < n_slots) {
+                    st.assign(s, c);
+                    ub.win_idxs[i*n_tokens + t] = (int64_t) strm*n_slots + s;
+                }
+            }
+        }
+    }
+}
+
+void llama_seqkv::init_rope(const llama_cparams & cparams) {
+    rope_sets.clear();
+    n_rot_max = 2;
+    for (auto & l : layers) {
+        auto rope = llama_seqkv_layer_rope(kv.model, cparams, l.il);
+        n_rot_max = std::max<uint32_t>(n_rot_max, 2*rope.freq.size());
+        const auto it = std::find(rope_sets.begin(), rope_sets.end(), rope);
+        l.rot_set = it - rope_sets.begin();
+        if (it == rope_sets.end()) {
+            rope_sets.push_back(std::move(rope));
+        }
+    }
+    rot_origins.clear();
+    rot_rows.assign(rope_sets.size(), {});
+}
+
+void llama_seqkv::rot_row(const llama_seqkv_rope_t & rope, int32_t p, float * cs) const {
+    for (size_t i = 0; i < rope.freq.size(); ++i) {
+        const double a = (double) p*rope.freq[i];
+        cs[2*i]     = (float) std::cos(a);
+        cs[2*i + 1] = (float) std::sin(a);
+    }
+}
+
+//
+// state
+//
+
+void llama_seqkv::state_write_header(llama_io_write_i & io) const {
+    io.write(&STATE_MAGIC, sizeof(STATE_MAGIC));
+    io.write_string(ggml_type_name(kv.type_k()));
+    io.write_string(ggml_type_name(kv.type_v()));
+    io.write(&n_sink,       sizeof(n_sink));
+    io.write(&n_window,     sizeof(n_window));
+    io.write_string(model_id);
+    io.write(&model_hash,   sizeof(model_hash));
+    io.write(&profile_hash, sizeof(profile_hash));
+}
+
+static std::string read_short_string(llama_io_read_i & io) {
+    uint32_t n;
+    io.read(&n, sizeof(n));
+    if (n > 64) {
+        throw std::runtime_error("damaged seqkv state: a name of more than 64 characters");
+    }
+    std::string s(n, '\0');
+    io.read(&s[0], n);
+    return s;
+}
+
+void llama_seqkv::state_read_header(llama_io_read_i & io) const {
+    uint32_t magic;
+    io.read(&magic, sizeof(magic));
+    if (magic != STATE_MAGIC) {
+        throw std::runtime_error("not a state of a seqkv cache: it was saved with other cache types");
+    }
+    const std::string type_k = read_short_string(io);
+    const std::string type_v = read_short_string(io);
+    if (type_k != ggml_type_name(kv.type_k()) || type_v != ggml_type_name(kv.type_v())) {
+        throw std::runtime_error(format("state of cache types %s:%s, but the context has %s:%s",
+                    type_k.c_str(), type_v.c_str(), ggml_type_name(kv.type_k()), ggml_type_name(kv.type_v())));
+    }
+    int32_t sink, window;
+    io.read(&sink,   sizeof(sink));
+    io.read(&window, sizeof(window));
+    if (sink != n_sink || window != n_window) {
+        throw std::runtime_error(format("state with an exact window of %d + %d tokens, but the context has %d + %d", sink, window, n_sink, n_window));
+    }
+    const std::string id = read_short_string(io);
+    uint64_t hm, hp;
+    io.read(&hm, sizeof(hm));
+    io.read(&hp, sizeof(hp));
+    if (hm != model_hash || (!id.empty() && !model_id.empty() && id != model_id)) {
+        throw std::runtime_error("state of another model");
+    }
+    if (hp != profile_hash) {
+        throw std::runtime_error("state made with another profile");
+    }
+}
+
+void llama_seqkv::state_write(llama_io_write_i & io, uint32_t strm, const std::vector<uint32_t> & cells) const {
+    const auto & st = streams[strm];
+
+    std::vector<uint32_t> rows; // indices into cells
+    for (uint32_t i = 0; i < cells.size(); ++i) {
+        if (st.slot[cells[i]] >= 0) {
+            rows.push_back(i);
+        }
+    }
+    const uint32_t n = rows.size();
+    io.write(&n, sizeof(n));
+    io.write(rows.data(), n*sizeof(uint32_t));
+    for (const auto & l : layers) {
+        for (const uint32_t i : rows) {
+            io.write_tensor(l.win, strm*l.win->nb[2] + st.slot[cells[i]]*l.win->nb[1], l.win->nb[1]);
+        }
+    }
+}
+
+void llama_seqkv::state_read(llama_io_read_i & io, uint32_t strm, const std::vector<uint32_t> & cells) {
+    auto & st = streams[strm];
+
+    uint32_t n;
+    io.read(&n, sizeof(n));
+    if (n > n_slots || n > cells.size()) {
+        throw std::runtime_error("damaged seqkv state: more exact rows than slots");
+    }
+    std::vector<uint32_t> rows(n);
+    io.read(rows.data(), n*sizeof(uint32_t));
+
+    for (uint32_t s = 0; s < n_slots; ++s) {
+        if (st.cell[s] >= 0 && kv.v_cells[strm].is_empty(st.cell[s])) {
+            st.drop_slot(s);
+        }
+    }
+    std::vector<int32_t> dst(n, -1);
+    for (uint32_t i = 0, s = 0; i < n; ++i) {
+        if (rows[i] >= cells.size()) {
+            throw std::runtime_error("damaged seqkv state: an exact row of no cell");
+        }
+        while (s < n_slots && st.cell[s] >= 0) {
+            ++s;
+        }
+        if (s == n_slots) {
+            break; // other sequences hold the slots: the rest is read from blocks
+        }
+        st.assign(s, cells[rows[i]]);
+        dst[i] = s;
+    }
+    for (const auto & l : layers) {
+        std::vector<uint8_t> skip;
+        for (uint32_t i = 0; i < n; ++i) {
+            if (dst[i] >= 0) {
+                io.read_tensor(l.win, strm*l.win->nb[2] + dst[i]*l.win->nb[1], l.win->nb[1]);
+            } else {
+                skip.resize(l.win->nb[1]);
+                io.read(skip.data(), skip.size());
+            }
+        }
+    }
+}
+
+size_t llama_seqkv::bytes_used(const llama_kv_cache & kv) {
+    size_t cell_bytes = 0;
+    for (const auto & l : kv.layers) {
+        cell_bytes += ggml_row_size(l.k->type, l.k->ne[0]) + (l.v ? ggml_row_size(l.v->type, l.v->ne[0]) : 0);
+    }
+    size_t res = 0;
+    for (const auto & cells : kv.v_cells) {
+        res += cells.get_used()*cell_bytes;
+    }
+    for (uint32_t s = 0; kv.seqkv && s < kv.seqkv->streams.size(); ++s) {
+        size_t n = 0;
+        for (const int32_t c : kv.seqkv->streams[s].cell) {
+            n += c >= 0 && !kv.v_cells[s].is_empty(c);
+        }
+        for (const auto & l : kv.seqkv->layers) {
+            res += n*l.win->nb[1];
+        }
+    }
+    return res;
+}
+
+//
+// llm_graph_input_seqkv
+//
+
+llama_seqkv & llm_graph_input_seqkv::seqkv() const {
+    return *mctx->kv->seqkv;
+}
+
+uint32_t llm_graph_input_seqkv::n_frames(const llama_seqkv & seqkv, const llama_kv_cache_context * mctx) {
+    // what cells in order need, rounded up so that graphs can be reused; more only if cells are out of order
+    const uint32_t in_order = GGML_PAD(mctx->n_kv/SEQKV_FRAME + 64, 64);
+    return mctx->ubatches.empty() ? in_order : std::max<uint32_t>(in_order, GGML_PAD(seqkv.ub.origins.size(), 64));
+}
+
+llm_graph_input_seqkv * llm_graph_input_seqkv::build(ggml_context * ctx, llm_graph_result * res, const llama_kv_cache_context * mctx,
+        get_mctx_t get_mctx, const llama_ubatch & ubatch, const llama_cparams & cparams) {
+    llama_seqkv * seqkv = mctx->kv->seqkv.get();
+    if (!seqkv) {
+        return nullptr;
+    }
+    if (seqkv->rope_sets.empty()) {
+        seqkv->init_rope(cparams);
+    }
+
+    auto inp = std::make_unique<llm_graph_input_seqkv>();
+    inp->mctx     = mctx;
+    inp->get_mctx = get_mctx;
+    inp->causal   = cparams.causal_attn;
+
+    const auto &  sinfo    = mctx->sinfos[mctx->i_cur];
+    const int64_t n_stream = sinfo.s1 - sinfo.s0 + 1;
+    const int64_t n_tokens = ubatch.n_tokens/n_stream;
+    const int64_t n_virt   = mctx->n_kv + seqkv->n_slots + n_tokens;
+
+    inp->rot      = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, seqkv->n_rot_max, SEQKV_FRAME + n_frames(*seqkv, mctx), seqkv->rope_sets.size());
+    inp->meta     = ggml_new_tensor_2d(ctx, GGML_TYPE_I32, n_virt, n_stream);
+    inp->mask     = ggml_new_tensor_4d(ctx, GGML_TYPE_F16, n_virt, n_tokens, 1, n_stream);
+    inp->win_idxs = ggml_new_tensor_1d(ctx, GGML_TYPE_I64, ubatch.n_tokens);
+    for (auto [t, name] : { std::make_pair(inp->rot, "seqkv_rot"), { inp->meta, "seqkv_meta" }, { inp->mask, "seqkv_mask" }, { inp->win_idxs, "seqkv_win_idxs" } }) {
+        ggml_set_input(t);
+        ggml_set_name(t, name);
+    }
+
+    return (llm_graph_input_seqkv *) res->add_input(std::move(inp));
+}
+
+bool llm_graph_input_seqkv::can_reuse(const llm_graph_params & params) {
+    mctx = get_mctx(params.mctx);
+
+    const auto &  sinfo    = mctx->sinfos[mctx->i_cur];
+    const int64_t n_stream = sinfo.s1 - sinfo.s0 + 1;
+    const int64_t n_tokens = params.ubatch.n_tokens/n_stream;
+
+    return mask->ne[0] == mctx->n_kv + seqkv().n_slots + n_tokens && mask->ne[1] == n_tokens && mask->ne[3] == n_stream &&
+        win_idxs->ne[0] == params.ubatch.n_tokens && rot->ne[1] >= (int64_t) (SEQKV_FRAME + seqkv().ub.origins.size()) &&
+        causal == params.cparams.causal_attn;
+}
+
+void llm_graph_input_seqkv::set_input(const llama_ubatch * ubatch) {
+    auto & sk = seqkv();
+    const auto & ub = sk.ub;
+
+    // a graph without attention layers of this cache leaves its inputs without a buffer
+    if (!mask->buffer) {
+        return;
+    }
+    for (const ggml_tensor * t : { rot, meta, mask, win_idxs }) {
+        GGML_ASSERT(t->buffer && ggml_backend_buffer_is_host(t->buffer));
+    }
+
+    const uint32_t n_virt = ub.n_kv + sk.n_slots + ub.n_tokens;
+    GGML_ASSERT(mask->ne[0] == n_virt && meta->ne[1] == ub.n_stream && ubatch->n_tokens == ub.n_stream*ub.n_tokens);
+
+    memcpy(meta->data,     ub.meta.data(),     ggml_nbytes(meta));
+    memcpy(win_idxs->data, ub.win_idxs.data(), ggml_nbytes(win_idxs));
+
+    // rotations: offsets, then the origins; only origins that changed since the last ubatch are computed
+    const size_t n_orig = ub.origins.size();
+    const size_t stride = sk.n_rot_max;
+    GGML_ASSERT(rot->ne[1] >= (int64_t) (SEQKV_FRAME + n_orig) && rot->ne[2] == (int64_t) sk.rope_sets.size());
+    for (size_t set = 0; set < sk.rope_sets.size(); ++set) {
+        auto & rows = sk.rot_rows[set];
+        if (rows.empty()) {
+            rows.resize(SEQKV_FRAME*stride);
+            for (int32_t off = 0; off < SEQKV_FRAME; ++off) {
+                sk.rot_row(sk.rope_sets[set], off, rows.data() + off*stride);
+            }
+        }
+        rows.resize((SEQKV_FRAME + n_orig)*stride);
+        for (size_t r = 0; r < n_orig; ++r) {
+            if (r >= sk.rot_origins.size() || sk.rot_origins[r] != ub.origins[r]) {
+                sk.rot_row(sk.rope_sets[set], ub.origins[r], rows.data() + (SEQKV_FRAME + r)*stride);
+            }
+        }
+        memcpy((char *) rot->data + set*rot->nb[2], rows.data(), rows.size()*sizeof(float));
+    }
+    sk.rot_origins = ub.origins;
+
+    // mask: of a cell and its exact row, the exact one counts within the window
+    const ggml_fp16_t keep = ggml_fp32_to_fp16(0.0f);
+    const ggml_fp16_t drop = ggml_fp32_to_fp16(-INFINITY);
+    for (uint32_t i = 0; i < ub.n_stream; ++i) {
+        const auto & read_slot = ub.read_slot[i];
+        const auto & cur_row   = ub.cur_row[i];
+        for (uint32_t t = 0; t < ub.n_tokens; ++t) {
+            const uint32_t     it  = i*ub.n_tokens + t;
+            const llama_seq_id seq = ubatch->seq_id[it][0];
+            const llama_pos    p1  = ubatch->pos[it];
+            const auto & cells = sk.kv.v_cells[sk.kv.seq_to_stream[seq]];
+
+            ggml_fp16_t * row = (ggml_fp16_t *) mask->data + (size_t) it*n_virt;
+            std::fill(row, row + n_virt, drop);
+            for (uint32_t c = 0; c < ub.n_kv; ++c) {
+                if (cells.is_empty(c) || !cells.seq_has(c, seq)) {
+                    continue;
+                }
+                const llama_pos p0 = cells.pos_get(c);
+                if (causal && p0 > p1) {
+                    continue;
+                }
+                const bool exact = sk.is_sink(p0) || std::abs(p1 - p0) < sk.n_window;
+                if (exact && cur_row[c] >= 0) {
+                    row[ub.n_kv + sk.n_slots + cur_row[c]] = keep;
+                } else if (exact && read_slot[c] >= 0) {
+                    row[ub.n_kv + read_slot[c]] = keep;
+                } else {
+                    row[c] = keep;
+                }
+            }
+        }
+    }
+}
+
+ggml_tensor * llm_graph_input_seqkv::build_attn(ggml_context * ctx, ggml_cgraph * gf, ggml_tensor * q_cur, ggml_tensor * k_cur,
+        ggml_tensor * v_cur, ggml_tensor * k_idxs, ggml_tensor * v_idxs, ggml_tensor * sinks, float kq_scale, int il) {
+    const auto & sk  = seqkv();
+    const int    ikv = sk.kv.map_layer_ids.at(il);
+    const auto & l   = sk.layers[ikv];
+    const auto & kvl = sk.kv.layers[ikv];
+    const auto & hparams = sk.kv.hparams;
+
+    const auto &  sinfo    = mctx->sinfos[mctx->i_cur];
+    const int64_t n_stream = sinfo.s1 - sinfo.s0 + 1;
+    const int64_t n_kv     = mctx->n_kv;
+
+    ggml_seqkv_params params = {};
+    params.dk        = hparams.n_embd_head_k(kvl.il);
+    params.dv        = hparams.n_embd_head_v(kvl.il);
+    params.n_head_kv = hparams.n_head_kv(kvl.il);
+    params.n_rot     = 2*sk.rope_sets[l.rot_set].freq.size();
+    params.neox      = sk.rope_sets[l.rot_set].neox;
+    params.rot_set   = l.rot_set;
+    params.n_kv      = n_kv;
+    params.n_win     = sk.n_slots;
+    params.scale     = kq_scale;
+    params.softcap   = hparams.attn_soft_cap ? hparams.f_attn_logit_softcapping : 0.0f;
+
+    const bool store = k_cur && v_cur;
+    if (store) {
+        cur[ikv] = ggml_seqkv_frame(ctx, k_cur, v_cur, meta, rot, params);
+
+        const auto flat = [&](ggml_tensor * t) { return ggml_reshape_2d(ctx, t, t->ne[0], t->ne[1]*t->ne[2]); };
+        params.part = GGML_SEQKV_KEY;
+        ggml_build_forward_expand(gf, ggml_seqkv_store(ctx, flat(kvl.k), cur[ikv], k_idxs, meta, rot, l.prof, params));
+        params.part = GGML_SEQKV_VALUE;
+        ggml_build_forward_expand(gf, ggml_seqkv_store(ctx, flat(kvl.v), cur[ikv], v_idxs, meta, rot, l.prof, params));
+    }
+    GGML_ASSERT(cur.count(ikv) && "a layer shares a cache that no earlier layer has written");
+
+    const auto view = [&](ggml_tensor * t, int64_t n) {
+        return ggml_view_3d(ctx, t, t->ne[0], n, n_stream, t->nb[1], t->nb[2], sinfo.s0*t->nb[2]);
+    };
+    ggml_tensor * res = ggml_seqkv_attn(ctx, q_cur, view(kvl.k, n_kv), view(kvl.v, n_kv), mask, sinks, view(l.win, sk.n_slots), cur[ikv],
+            meta, rot, l.prof, params);
+    ggml_build_forward_expand(gf, res);
+
+    // the window moves after it has been read
+    if (store) {
+        params.part = GGML_SEQKV_ROW;
+        ggml_build_forward_expand(gf, ggml_seqkv_store(ctx, ggml_reshape_2d(ctx, l.win, l.win->ne[0], l.win->ne[1]*l.win->ne[2]),
+                    cur[ikv], win_idxs, meta, rot, nullptr, params));
+    }
+
+    return ggml_reshape_2d(ctx, res, res->ne[0]*res->ne[1], res->ne[2]);
+}

@@ -1,0 +1,171 @@
+// The seqkv cache of one llama_kv_cache: frames, exact window, profile and graph.
+//
+// A cell's K and V are written as blocks when its token arrives. Two things are kept beside them:
+//   - its offset in its frame, in llama_kv_cell_ext::x (free, since M-RoPE models are refused). The origin of the frame is
+//     always position - offset: moving a cell changes its position and nothing else.
+//   - for the first n_sink and the last n_window tokens of every sequence, an exact row: a slot of the window tensor.
+// See ggml-seqkv.h for the virtual KV axis that the attention op works on.
+#pragma once
+
+#include "llama-graph.h"
+#include "llama-kv-cells.h"
+
+#include "../ggml-seqkv.h"
+
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <string>
+#include <unordered_map>
+#include <vector>
+
+class llama_kv_cache;
+class llama_kv_cache_context;
+class llama_io_write_i;
+class llama_io_read_i;
+struct llama_memory_i;
+struct llama_memory_context_i;
+
+// means of a layer as in prof of ggml-seqkv.h
+using llama_seqkv_means = std::vector<float>;
+
+// what llama_seqkv_configure() sets, owned by the model
+struct llama_seqkv_config {
+    int32_t     n_sink   = 4;
+    int32_t     n_window = 64;
+    std::string model_id;
+    std::string profile; // path, for messages
+    std::map<int32_t, llama_seqkv_means> means; // by layer; empty: no profile
+};
+
+// RoPE of a layer: angle per position of each rotated pair
+struct llama_seqkv_rope_t {
+    std::vector<float> freq;
+    bool neox = false;
+
+    bool operator==(const llama_seqkv_rope_t & o) const { return freq == o.freq && neox == o.neox; }
+};
+
+class llama_seqkv {
+public:
+    static bool is_type(ggml_type type) { return ggml_seqkv_bits(type) != 0; }
+    static bool uses(ggml_type type_k, ggml_type type_v) { return is_type(type_k) || is_type(type_v); }
+
+    // the seqkv part of a memory module, nullptr: it has none
+    static llama_seqkv * of(llama_memory_i * memory);
+
+    // kv: its layers exist and are allocated
+    explicit llama_seqkv(llama_kv_cache & kv);
+
+    //
+    // cells
+    //
+
+    void clear(bool data);
+    void stream_copy(uint32_t ssrc, uint32_t sdst); // slots, when the cells are copied
+    void stream_copy_data(uint32_t ssrc, uint32_t sdst);
+
+    // the cells idxs of a stream got new tokens
+    void cells_written(uint32_t strm, const std::vector<uint32_t> & idxs);
+
+    // a ubatch is about to be computed: lay out the virtual axis, move the window
+    void begin_ubatch(const llama_kv_cache_context & mctx);
+
+    //
+    // state
+    //
+
+    void state_write_header(llama_io_write_i & io) const;
+    void state_read_header (llama_io_read_i  & io) const; // throws before anything is changed
+    void state_write(llama_io_write_i & io, uint32_t strm, const std::vector<uint32_t> & cells) const;
+    void state_read (llama_io_read_i  & io, uint32_t strm, const std::vector<uint32_t> & cells);
+
+    // bytes of the cells in use of a cache of any types, exact rows included
+    static size_t bytes_used(const llama_kv_cache & kv);
+
+private:
+    friend class llm_graph_input_seqkv;
+
+    struct layer {
+        uint32_t il;
+        ggml_tensor * win  = nullptr; // F16 [row, n_slots, n_stream]
+        ggml_tensor * prof = nullptr; // F32 [row] or nullptr
+        llama_seqkv_means means;      // what prof holds
+        int32_t rot_set = 0;
+    };
+
+    struct slots {
+        std::vector<int32_t> cell; // (n_slots)  cell of a slot, -1: free
+        std::vector<int32_t> slot; // (kv_size)  slot of a cell, -1: none
+        void assign(int32_t s, int32_t c);
+        void drop_cell(int32_t c);
+        void drop_slot(int32_t s);
+    };
+
+    llama_kv_cache & kv;
+    int32_t  n_sink, n_window;
+    uint32_t n_slots;            // per stream
+    std::string model_id;
+    uint64_t model_hash   = 0;   // structure and small tensors of the model
+    uint64_t profile_hash = 0;
+
+    std::vector<layer> layers;   // in the order of kv.layers
+    std::vector<slots> streams;
+
+    // RoPE, known once the first graph is built
+    std::vector<llama_seqkv_rope_t> rope_sets;
+    uint32_t n_rot_max = 0;
+    void init_rope(const llama_cparams & cparams);
+
+    // the current ubatch
+    struct {
+        uint32_t n_kv = 0, n_stream = 1, n_tokens = 0; // tokens per stream
+        uint32_t s0 = 0;
+        std::vector<std::vector<int32_t>>  read_slot;  // per stream of the ubatch: slot of a cell before this ubatch, -1: none
+        std::vector<std::vector<int32_t>>  cur_row;    // per stream: row of a cell in this ubatch, -1: none
+        std::vector<int32_t> meta;                     // (n_stream, n_virt)
+        std::vector<int64_t> win_idxs;                 // (n_stream*n_tokens)
+        std::vector<int32_t> origins;                  // of the rows of rot from 64 on
+    } ub;
+
+    // rows of rot from 64 on as last computed, (n_sets)(n_origins, n_rot_max)
+    std::vector<int32_t> rot_origins;
+    std::vector<std::vector<float>> rot_rows;
+
+    bool wanted(const llama_kv_cells & cells, uint32_t cell) const;
+    bool is_sink(llama_pos p) const { return p < n_sink; }
+    void upload_profile();
+    void rot_row(const llama_seqkv_rope_t & rope, int32_t p, float * cs) const;
+};
+
+// Inputs of a graph with a seqkv cache, and its attention.
+class llm_graph_input_seqkv : public llm_graph_input_i {
+public:
+    using get_mctx_t = const llama_kv_cache_context * (*)(const llama_memory_context_i *);
+
+    // nullptr if the cache of mctx has no seqkv types. get_mctx finds the cache's context in that of the whole memory
+    static llm_graph_input_seqkv * build(ggml_context * ctx, llm_graph_result * res, const llama_kv_cache_context * mctx, get_mctx_t get_mctx,
+            const llama_ubatch & ubatch, const llama_cparams & cparams);
+
+    void set_input(const llama_ubatch * ubatch) override;
+    bool can_reuse(const llm_graph_params & params) override;
+
+    // store k_cur and v_cur (nullptr: a layer that shares an earlier layer's cache) and attend: [dv*n_head, n_tokens]
+    ggml_tensor * build_attn(ggml_context * ctx, ggml_cgraph * gf, ggml_tensor * q_cur, ggml_tensor * k_cur, ggml_tensor * v_cur,
+            ggml_tensor * k_idxs, ggml_tensor * v_idxs, ggml_tensor * sinks, float kq_scale, int il);
+
+private:
+    const llama_kv_cache_context * mctx = nullptr;
+    get_mctx_t  get_mctx = nullptr;
+    bool causal = true;
+
+    ggml_tensor * rot      = nullptr;
+    ggml_tensor * meta     = nullptr;
+    ggml_tensor * mask     = nullptr;
+    ggml_tensor * win_idxs = nullptr;
+
+    std::map<int32_t, ggml_tensor *> cur; // frame rows by cache layer
+
+    llama_seqkv & seqkv() const;
+    static uint32_t n_frames(const llama_seqkv & seqkv, const llama_kv_cache_context * mctx); // capacity of rot
+};

@@ -1,0 +1,80 @@
+// libseqkv: the codec of the seqkv KV-cache types in scalar C. It is the oracle of every SIMD, CUDA and Metal kernel.
+//
+// Notation (design: docs/decisions.md, bytes: native/format.md)
+//   position t, frame origin t0 = t - offset, offset = t mod 64 at the time of writing (0..63)
+//   R(p)      RoPE rotation by position p
+//   k_frame   R(-t0) k_post: a key in the RoPE frame of its origin
+//   mean      calibrated mean of R(-t) k_post (keys) or of v (values), per KV head; NULL: none
+//   H         orthonormal Walsh-Hadamard transform of size head_dim
+//   key       z = H (k_frame - R(offset) mean)            value    z = H (v - mean)
+// z is stored as head_dim/64 blocks.
+//
+// Rotation rows: R(p) is given as cs[n_rot] = { cos a_0, sin a_0, cos a_1, sin a_1, ... }, a_i = p * freq_i.
+// Pair i is (x[2i], x[2i+1]), or with neox (x[i], x[i + n_rot/2]); values from n_rot on are not rotated.
+//
+// No function allocates, keeps state or aborts. Buffers are the caller's; lengths are preconditions unless a status is
+// returned. head_dim is 64, 128 or 256.
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+
+#if defined(SEQKV_IN_GGML) || defined(GGML_API)
+#    include "ggml.h"
+#    define SEQKV_API GGML_API
+#else
+#    define SEQKV_API
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+enum {
+    SEQKV_OK          =  0,
+    SEQKV_EBITS       = -1, // bits is not 2, 3 or 4
+    SEQKV_ELENGTH     = -2, // n is not a positive multiple of 64, or a buffer is too small
+};
+
+// Text of a status, never NULL.
+SEQKV_API const char * seqkv_strerror(int64_t status);
+
+// Bytes of n values (n/64 blocks) at 2, 3 or 4 bits; < 0: a status.
+SEQKV_API int64_t seqkv_bound(int bits, int64_t n);
+
+// x[n] -> n/64 blocks at dst. Returns the bytes written, < 0: a status.
+// Non-finite inputs count as 0; magnitudes beyond the gain range saturate.
+SEQKV_API int64_t seqkv_quantize(int bits, const float * x, int64_t n, void * dst, int64_t n_dst);
+
+// n/64 blocks at src -> y[n]. Returns the bytes read, < 0: a status. Every byte pattern is a valid block.
+SEQKV_API int64_t seqkv_dequantize(int bits, const void * src, int64_t n_src, float * y, int64_t n);
+
+// Codes of n/64 blocks as bytes 0..2^bits-1, and their gain bytes (n/64). Returns the bytes read, < 0: a status.
+SEQKV_API int64_t seqkv_unpack(int bits, const void * src, int64_t n_src, uint8_t * codes, uint8_t * gains, int64_t n);
+
+// x <- H x, n = 2^k.
+SEQKV_API void seqkv_fwht(float * x, int n);
+
+// x <- R(p) x, or R(-p) x if inverse. cs: n_rot floats, see above.
+SEQKV_API void seqkv_rotate(float * x, const float * cs, int n_rot, int neox, int inverse);
+
+// One key head vector k_frame[head_dim] -> blocks. cs_off: rotation row of its offset.
+SEQKV_API void seqkv_encode_key(int bits, const float * k_frame, int head_dim, const float * mean, const float * cs_off,
+                                int n_rot, int neox, void * dst);
+// blocks -> k_frame[head_dim].
+SEQKV_API void seqkv_decode_key(int bits, const void * src, int head_dim, const float * mean, const float * cs_off,
+                                int n_rot, int neox, float * k_frame);
+// One value head vector v[head_dim] -> blocks, and back.
+SEQKV_API void seqkv_encode_value(int bits, const float * v, int head_dim, const float * mean, void * dst);
+SEQKV_API void seqkv_decode_value(int bits, const void * src, int head_dim, const float * mean, float * v);
+
+// Softmax attention of one query head over n rows: out = sum_j p_j v_j,
+// p = softmax(cap(scale * <q, k_j>) + mask_j), with sink (if not NULL) one more logit without a value.
+// cap(x) = softcap * tanh(x / softcap) if softcap != 0. mask[n] may be NULL; -INFINITY leaves a row out.
+// k (n, dk) and v (n, dv) rows are absolute, i.e. after RoPE. Rows left out are not read. out: dv floats, 0 if nothing is attended.
+SEQKV_API void seqkv_attention(const float * q, const float * k, const float * v, const float * mask, int64_t n, int dk, int dv,
+                               float scale, float softcap, const float * sink, float * out);
+
+#ifdef __cplusplus
+}
+#endif

@@ -1,0 +1,180 @@
+// Cases of test-backend-ops for the seqkv ops, included there after its test_case class.
+// Each backend is compared with the CPU backend in reference mode, i.e. with the scalar oracle.
+#pragma once
+
+#include "../ggml-seqkv.h"
+#include "../block.h"
+
+#include <numeric>
+
+struct test_seqkv : public test_case {
+    enum order_t { IN_ORDER, SHIFTED, SCRAMBLED }; // of the cells: one frame a tile, two frames a tile, any
+
+    const ggml_op   op;       // SEQKV_FRAME, SEQKV_STORE, SEQKV_ATTN
+    const ggml_type type_k;   // STORE: the type stored
+    const ggml_type type_v;   // STORE: GGML_TYPE_COUNT if a key is stored
+    const int64_t   dk, dv, n_head_kv, group;
+    const int64_t   n_kv, n_win, n_tokens, n_stream;
+    const int       order;
+    const bool      profile, sinks, neox;
+    const int64_t   n_rot;
+    const float     softcap;
+
+    std::string vars() override {
+        return VARS_TO_STR16(type_k, type_v, dk, dv, n_head_kv, group, n_kv, n_win, n_tokens, n_stream, order, profile, sinks, neox, n_rot, softcap);
+    }
+    std::string op_desc(ggml_tensor * t) override { return ggml_op_name(t->op); }
+
+    double max_nmse_err() override { return op == GGML_OP_SEQKV_STORE ? 1e-3 : 1e-8; } // STORE: codes may differ at level boundaries
+
+    test_seqkv(ggml_op op, ggml_type type_k, ggml_type type_v, int64_t dk = 64, int64_t dv = 64, int64_t n_head_kv = 2, int64_t group = 3,
+            int64_t n_kv = 256, int64_t n_win = 68, int64_t n_tokens = 1, int64_t n_stream = 1, int order = IN_ORDER, bool profile = true,
+            bool sinks = false, bool neox = false, int64_t n_rot = 0, float softcap = 0.0f) :
+        op(op), type_k(type_k), type_v(type_v), dk(dk), dv(dv), n_head_kv(n_head_kv), group(group), n_kv(n_kv), n_win(n_win),
+        n_tokens(n_tokens), n_stream(n_stream), order(order), profile(profile), sinks(sinks), neox(neox), n_rot(n_rot ? n_rot : dk), softcap(softcap) {}
+
+    static constexpr int64_t n_frames = 64;
+
+    ggml_tensor * build_graph(ggml_context * ctx) override {
+        const int64_t row    = n_head_kv*(dk + dv);
+        const int64_t n_virt = n_kv + n_win + n_tokens;
+
+        ggml_seqkv_params params = {};
+        params.dk        = dk;
+        params.dv        = dv;
+        params.n_head_kv = n_head_kv;
+        params.n_rot     = n_rot;
+        params.neox      = neox;
+        params.rot_set   = 1;
+        params.n_kv      = n_kv;
+        params.n_win     = n_win;
+        params.scale     = 1.0f/sqrtf(dk);
+        params.softcap   = softcap;
+
+        const auto named = [](ggml_tensor * t, const char * name) { ggml_set_name(t, name); return t; };
+
+        ggml_tensor * rot  = named(ggml_new_tensor_3d(ctx, GGML_TYPE_F32, n_rot, SEQKV_FRAME + n_frames, 2), "rot");
+        ggml_tensor * meta = named(ggml_new_tensor_2d(ctx, GGML_TYPE_I32, n_virt, n_stream), "meta");
+
+        ggml_tensor * out = nullptr;
+        if (op == GGML_OP_SEQKV_FRAME) {
+            ggml_tensor * k = named(ggml_new_tensor_3d(ctx, GGML_TYPE_F32, dk, n_head_kv, n_tokens*n_stream), "k");
+            ggml_tensor * v = named(ggml_new_tensor_3d(ctx, GGML_TYPE_F32, dv, n_head_kv, n_tokens*n_stream), "v");
+            out = ggml_seqkv_frame(ctx, k, v, meta, rot, params);
+        } else {
+            ggml_tensor * prof = profile ? named(ggml_new_tensor_1d(ctx, GGML_TYPE_F32, row), "prof") : nullptr;
+            ggml_tensor * cur  = named(ggml_new_tensor_2d(ctx, GGML_TYPE_F16, row, n_tokens*n_stream), "cur");
+            if (op == GGML_OP_SEQKV_STORE) {
+                const bool key = type_v == GGML_TYPE_COUNT;
+                params.part = key ? GGML_SEQKV_KEY : GGML_SEQKV_VALUE;
+                ggml_tensor * dst  = named(ggml_new_tensor_2d(ctx, key ? type_k : type_v, n_head_kv*(key ? dk : dv), n_kv*n_stream), "dst");
+                ggml_tensor * idxs = named(ggml_new_tensor_1d(ctx, GGML_TYPE_I64, n_tokens*n_stream), "idxs");
+                out = ggml_seqkv_store(ctx, dst, cur, idxs, meta, rot, prof, params);
+            } else {
+                ggml_tensor * q    = named(ggml_new_tensor_3d(ctx, GGML_TYPE_F32, dk, n_head_kv*group, n_tokens*n_stream), "q");
+                ggml_tensor * k    = named(ggml_new_tensor_3d(ctx, type_k, n_head_kv*dk, n_kv, n_stream), "k");
+                ggml_tensor * v    = named(ggml_new_tensor_3d(ctx, type_v, n_head_kv*dv, n_kv, n_stream), "v");
+                ggml_tensor * win  = named(ggml_new_tensor_3d(ctx, GGML_TYPE_F16, row, n_win, n_stream), "win");
+                ggml_tensor * mask = named(ggml_new_tensor_4d(ctx, GGML_TYPE_F16, n_virt, n_tokens, 1, n_stream), "mask");
+                ggml_tensor * s    = sinks ? named(ggml_new_tensor_1d(ctx, GGML_TYPE_F32, n_head_kv*group), "sinks") : nullptr;
+                out = ggml_seqkv_attn(ctx, q, k, v, mask, s, win, cur, meta, rot, prof, params);
+            }
+        }
+        return named(out, "out");
+    }
+
+    void initialize_tensors(ggml_context * ctx) override {
+        std::mt19937 rng(42);
+        std::vector<bool> empty(n_kv);
+        for (ggml_tensor * t = ggml_get_first_tensor(ctx); t != NULL; t = ggml_get_next_tensor(ctx, t)) {
+            if (ggml_is_view_op(t->op) || t->op != GGML_OP_NONE) {
+                continue;
+            }
+            const std::string name = t->name;
+            if (name == "rot") {
+                std::vector<float> data(ggml_nelements(t));
+                for (int64_t r = 0; r < t->ne[1]*t->ne[2]; ++r) {
+                    for (int64_t i = 0; i < n_rot/2; ++i) {
+                        const double p = r%t->ne[1] < SEQKV_FRAME ? r%t->ne[1] : (r%t->ne[1] - SEQKV_FRAME)*64.0 - 37.0;
+                        const double a = p*std::pow(r < t->ne[1] ? 500.0 : 10000.0, -2.0*i/n_rot);
+                        data[r*n_rot + 2*i]     = std::cos(a);
+                        data[r*n_rot + 2*i + 1] = std::sin(a);
+                    }
+                }
+                ggml_backend_tensor_set(t, data.data(), 0, ggml_nbytes(t));
+            } else if (name == "meta") {
+                std::vector<int32_t> data(ggml_nelements(t));
+                for (int64_t j = 0; j < (int64_t) data.size(); ++j) {
+                    const int64_t c = order == SCRAMBLED ? rng()%4096 : (j%t->ne[0] + (order == SHIFTED ? 21 : 0));
+                    data[j] = (SEQKV_FRAME + c/64%n_frames) << 8 | c%64;
+                    if (j%t->ne[0] < n_kv && rng()%16 == 0) {
+                        data[j] = -1;
+                    }
+                }
+                ggml_backend_tensor_set(t, data.data(), 0, ggml_nbytes(t));
+                empty.assign(data.size(), false);
+                for (size_t j = 0; j < data.size(); ++j) {
+                    empty[j] = data[j] < 0;
+                }
+            } else if (name == "mask") {
+                std::vector<ggml_fp16_t> data(ggml_nelements(t));
+                const int64_t n_virt = t->ne[0];
+                for (int64_t i = 0; i < (int64_t) data.size(); ++i) {
+                    const int64_t j = i%n_virt, s = i/n_virt/n_tokens;
+                    // the first half of a tile's rows is often left out whole, as a frame behind the window is
+                    const bool keep = !empty[s*n_virt + j] && rng()%8 != 0 && (j/64)%5 != 3;
+                    data[i] = ggml_fp32_to_fp16(keep ? 0.0f : -INFINITY);
+                }
+                ggml_backend_tensor_set(t, data.data(), 0, ggml_nbytes(t));
+            } else if (name == "idxs") {
+                std::vector<int64_t> data(t->ne[0]);
+                std::vector<int64_t> rows(n_kv*n_stream);
+                std::iota(rows.begin(), rows.end(), 0);
+                std::shuffle(rows.begin(), rows.end(), rng);
+                for (size_t i = 0; i < data.size(); ++i) {
+                    data[i] = i%7 == 3 ? -1 : rows[i];
+                }
+                ggml_backend_tensor_set(t, data.data(), 0, ggml_nbytes(t));
+            } else if (name == "sinks") {
+                init_tensor_uniform(t, -10.0f, 10.0f);
+            } else {
+                init_tensor_uniform(t, -3.0f, 3.0f);
+            }
+        }
+    }
+
+    static void add(std::vector<std::unique_ptr<test_case>> & cases) {
+        const ggml_type ours[] = { GGML_TYPE_SEQKV2, GGML_TYPE_SEQKV3, GGML_TYPE_SEQKV4 };
+        const auto attn = [&](auto... args) { cases.emplace_back(new test_seqkv(GGML_OP_SEQKV_ATTN, args...)); };
+
+        for (const int64_t d : { 64, 128, 256 }) {
+            for (const bool neox : { false, true }) {
+                cases.emplace_back(new test_seqkv(GGML_OP_SEQKV_FRAME, GGML_TYPE_SEQKV3, GGML_TYPE_SEQKV3, d, 64, 2, 1, 256, 68, 7, 2, SHIFTED, true, false, neox));
+                for (const ggml_type t : ours) {
+                    cases.emplace_back(new test_seqkv(GGML_OP_SEQKV_STORE, t, GGML_TYPE_COUNT, d, 64, 2, 1, 256, 68, 33, 2, SHIFTED, neox, false, neox, d/2));
+                }
+            }
+            for (const ggml_type t : ours) {
+                cases.emplace_back(new test_seqkv(GGML_OP_SEQKV_STORE, t, t, 64, d, 3, 1, 256, 68, 33, 1, IN_ORDER, true));
+                for (const int order : { IN_ORDER, SHIFTED, SCRAMBLED }) {
+                    for (const int64_t n_tokens : { 1, 3, 64, 75 }) {
+                        attn(t, t, d, d, 2, 3, 512, 68, n_tokens, 1, order, true, false, order == SHIFTED);
+                    }
+                }
+            }
+        }
+        for (const int64_t group : { 1, 2, 3, 4, 7, 8, 16 }) {
+            for (const int64_t n_tokens : { 1, 2, 17 }) {
+                attn(GGML_TYPE_SEQKV3, GGML_TYPE_SEQKV3, 64, 64, 2, group, 256, 68, n_tokens, 2, SHIFTED, false, true, true, 32, 30.0f);
+            }
+        }
+        // decode around tile and chunk edges
+        for (const int64_t n_kv : { 1, 63, 64, 65, 127, 955, 956, 1023, 1024, 2500 }) {
+            attn(GGML_TYPE_SEQKV4, GGML_TYPE_SEQKV2, 128, 64, 1, 4, n_kv, 68, 1);
+        }
+        for (const ggml_type other : { GGML_TYPE_F16, GGML_TYPE_Q8_0, GGML_TYPE_Q4_0 }) {
+            attn(other, GGML_TYPE_SEQKV3, 128, 128, 2, 2, 256, 1, 5, 1, SHIFTED);
+            attn(GGML_TYPE_SEQKV3, other, 128, 128, 2, 2, 256, 1, 5, 1, SCRAMBLED);
+        }
+    }
+};
