@@ -582,8 +582,13 @@ struct attn_worker {
     // rows [j0, j1): runs of one frame become tiles; where cells are out of order, mixed tiles
     void range(int64_t j0, int64_t j1) {
         const auto    & p    = a.p;
-        const int32_t * meta = a.meta_row(s);
+        const int32_t * meta = a.meta_row(s); // < 0: not in use
         while (j0 < j1) {
+            // tiles begin at a row in use, so that free cells and slots before it do not change the order of sums
+            if (meta[j0] < 0) {
+                ++j0;
+                continue;
+            }
             const int64_t end = std::min(std::min(j1, j0 < p.n_kv ? (int64_t) p.n_kv : j1), j0 + TILE);
             int32_t origin = -1;
             int64_t j = j0;
@@ -597,9 +602,7 @@ struct attn_worker {
             }
             const bool one_origin = j == end || j - j0 >= MIN_RUN;
             const int64_t n = one_origin ? j - j0 : end - j0;
-            if (origin >= 0 || !one_origin) {
-                tile(j0, (int) n, one_origin);
-            }
+            tile(j0, (int) n, one_origin);
             j0 += n;
         }
     }

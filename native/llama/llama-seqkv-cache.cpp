@@ -51,7 +51,6 @@ static uint64_t hash_model(const llama_model & model) {
     return h;
 }
 
-// Effective RoPE of a layer, the linear part of ggml_rope_ext: angle = position*freq[i].
 llama_seqkv_rope_t llama_seqkv_layer_rope(const llama_model & model, const llama_cparams & cparams, int32_t il) {
     const auto & hparams = model.hparams;
 
@@ -132,7 +131,7 @@ llama_seqkv::llama_seqkv(llama_kv_cache & kv) : kv(kv) {
     n_sink   = config.n_sink;
     n_window = config.n_window;
     model_id = config.model_id;
-    n_slots  = std::max<uint32_t>(1, kv.n_seq_max*(n_sink + n_window));
+    n_slots  = std::max<uint32_t>(1, (kv.n_stream > 1 ? 1 : kv.n_seq_max)*(n_sink + n_window));
 
     const uint32_t kv_size = kv.get_size();
     streams.resize(kv.n_stream);
@@ -251,17 +250,21 @@ void llama_seqkv::cells_written(uint32_t strm, const std::vector<uint32_t> & idx
     }
 }
 
-bool llama_seqkv::wanted(const llama_kv_cells & cells, uint32_t cell) const {
+bool llama_seqkv::wanted(const llama_kv_cells & cells, uint32_t cell, llama_seq_id seq_id) const {
     const llama_pos pos = cells.pos_get(cell);
     if (is_sink(pos)) {
         return true;
     }
-    for (llama_seq_id s = 0; s < (llama_seq_id) kv.n_seq_max; ++s) {
+    for (llama_seq_id s = std::max(seq_id, 0); s < (seq_id < 0 ? (llama_seq_id) kv.n_seq_max : seq_id + 1); ++s) {
         if (cells.seq_has(cell, s) && pos > cells.seq_pos_max(s) - n_window) {
             return true;
         }
     }
     return false;
+}
+
+uint32_t llama_seqkv::first_slot(llama_seq_id seq_id) const {
+    return kv.n_stream > 1 || seq_id < 0 ? 0 : seq_id*(n_sink + n_window);
 }
 
 void llama_seqkv::begin_ubatch(const llama_kv_cache_context & mctx) {
@@ -331,19 +334,22 @@ void llama_seqkv::begin_ubatch(const llama_kv_cache_context & mctx) {
             }
         }
 
-        uint32_t s = 0;
         for (uint32_t t = 0; t < n_tokens; ++t) {
             const uint32_t c = idxs[t];
             ub.cur_row[i][c] = t;
             meta[n_kv + n_slots + t] = meta[c];
-            if (wanted(cells, c)) {
-                while (s < n_slots && st.cell[s] >= 0) {
-                    ++s;
-                }
-                if (s < n_slots) {
-                    st.assign(s, c);
-                    ub.win_idxs[i*n_tokens + t] = (int64_t) strm*n_slots + s;
-                }
+            if (!wanted(cells, c)) {
+                continue;
+            }
+            // a slot given by the position, so that the layout does not depend on how the tokens were batched; another one if it is taken
+            const llama_pos pos = cells.pos_get(c);
+            uint32_t s = first_slot(ubatch.seq_id[i*n_tokens + t][0]) + (is_sink(pos) ? pos : n_sink + pos%n_window);
+            if (st.cell[s] >= 0) {
+                s = std::find(st.cell.begin(), st.cell.end(), -1) - st.cell.begin();
+            }
+            if (s < n_slots) {
+                st.assign(s, c);
+                ub.win_idxs[i*n_tokens + t] = (int64_t) strm*n_slots + s;
             }
         }
     }
@@ -429,54 +435,69 @@ void llama_seqkv::state_read_header(llama_io_read_i & io) const {
     }
 }
 
-void llama_seqkv::state_write(llama_io_write_i & io, uint32_t strm, const std::vector<uint32_t> & cells) const {
+struct saved_row {
+    uint32_t index; // of its cell in the saved order
+    int32_t  slot;  // counted from the first one of the sequence, from 0 if all sequences are saved
+};
+
+void llama_seqkv::state_write(llama_io_write_i & io, uint32_t strm, const std::vector<uint32_t> & cells, llama_seq_id seq_id) const {
     const auto & st = streams[strm];
 
-    std::vector<uint32_t> rows; // indices into cells
+    std::vector<saved_row> rows;
     for (uint32_t i = 0; i < cells.size(); ++i) {
-        if (st.slot[cells[i]] >= 0) {
-            rows.push_back(i);
+        const int32_t slot = st.slot[cells[i]];
+        if (slot >= 0 && (seq_id < 0 || wanted(kv.v_cells[strm], cells[i], seq_id))) {
+            rows.push_back({ i, slot - (int32_t) first_slot(seq_id) });
         }
     }
     const uint32_t n = rows.size();
     io.write(&n, sizeof(n));
-    io.write(rows.data(), n*sizeof(uint32_t));
+    io.write(rows.data(), n*sizeof(saved_row));
     for (const auto & l : layers) {
-        for (const uint32_t i : rows) {
-            io.write_tensor(l.win, strm*l.win->nb[2] + st.slot[cells[i]]*l.win->nb[1], l.win->nb[1]);
+        for (const auto & r : rows) {
+            io.write_tensor(l.win, strm*l.win->nb[2] + st.slot[cells[r.index]]*l.win->nb[1], l.win->nb[1]);
         }
     }
 }
 
-void llama_seqkv::state_read(llama_io_read_i & io, uint32_t strm, const std::vector<uint32_t> & cells) {
+void llama_seqkv::state_read(llama_io_read_i & io, uint32_t strm, const std::vector<uint32_t> & cells, llama_seq_id seq_id) {
+    const auto & kv_cells = kv.v_cells[strm];
     auto & st = streams[strm];
+
+    for (const uint32_t c : cells) {
+        if (kv_cells.ext_get(c).x < 0 || kv_cells.ext_get(c).x >= SEQKV_FRAME) {
+            throw std::runtime_error("damaged seqkv state: an offset outside its frame");
+        }
+    }
 
     uint32_t n;
     io.read(&n, sizeof(n));
-    if (n > n_slots || n > cells.size()) {
-        throw std::runtime_error("damaged seqkv state: more exact rows than slots");
+    if (n > cells.size()) {
+        throw std::runtime_error("damaged seqkv state: more exact rows than cells");
     }
-    std::vector<uint32_t> rows(n);
-    io.read(rows.data(), n*sizeof(uint32_t));
+    std::vector<saved_row> rows(n);
+    io.read(rows.data(), n*sizeof(saved_row));
 
     for (uint32_t s = 0; s < n_slots; ++s) {
-        if (st.cell[s] >= 0 && kv.v_cells[strm].is_empty(st.cell[s])) {
+        if (st.cell[s] >= 0 && kv_cells.is_empty(st.cell[s])) {
             st.drop_slot(s);
         }
     }
+
+    // the slots they had if these are free, so that sums keep their order; if no slot is left, the row is read from its block
     std::vector<int32_t> dst(n, -1);
-    for (uint32_t i = 0, s = 0; i < n; ++i) {
-        if (rows[i] >= cells.size()) {
-            throw std::runtime_error("damaged seqkv state: an exact row of no cell");
+    for (uint32_t i = 0; i < n; ++i) {
+        if (rows[i].index >= cells.size() || st.slot[cells[rows[i].index]] >= 0) {
+            throw std::runtime_error("damaged seqkv state: an exact row of no cell, or twice the same");
         }
-        while (s < n_slots && st.cell[s] >= 0) {
-            ++s;
+        uint32_t s = (uint32_t) rows[i].slot + first_slot(seq_id);
+        if (s >= n_slots || st.cell[s] >= 0) {
+            s = std::find(st.cell.begin(), st.cell.end(), -1) - st.cell.begin();
         }
-        if (s == n_slots) {
-            break; // other sequences hold the slots: the rest is read from blocks
+        if (s < n_slots) {
+            st.assign(s, cells[rows[i].index]);
+            dst[i] = s;
         }
-        st.assign(s, cells[rows[i]]);
-        dst[i] = s;
     }
     for (const auto & l : layers) {
         std::vector<uint8_t> skip;

@@ -46,6 +46,9 @@ struct llama_seqkv_rope_t {
     bool operator==(const llama_seqkv_rope_t & o) const { return freq == o.freq && neox == o.neox; }
 };
 
+// effective RoPE of a layer, the linear part of ggml_rope_ext: angle = position*freq[i]
+llama_seqkv_rope_t llama_seqkv_layer_rope(const llama_model & model, const llama_cparams & cparams, int32_t il);
+
 class llama_seqkv {
 public:
     static bool is_type(ggml_type type) { return ggml_seqkv_bits(type) != 0; }
@@ -77,8 +80,8 @@ public:
 
     void state_write_header(llama_io_write_i & io) const;
     void state_read_header (llama_io_read_i  & io) const; // throws before anything is changed
-    void state_write(llama_io_write_i & io, uint32_t strm, const std::vector<uint32_t> & cells) const;
-    void state_read (llama_io_read_i  & io, uint32_t strm, const std::vector<uint32_t> & cells);
+    void state_write(llama_io_write_i & io, uint32_t strm, const std::vector<uint32_t> & cells, llama_seq_id seq_id) const; // -1: all sequences
+    void state_read (llama_io_read_i  & io, uint32_t strm, const std::vector<uint32_t> & cells, llama_seq_id seq_id);
 
     // bytes of the cells in use of a cache of any types, exact rows included
     static size_t bytes_used(const llama_kv_cache & kv);
@@ -132,7 +135,8 @@ private:
     std::vector<int32_t> rot_origins;
     std::vector<std::vector<float>> rot_rows;
 
-    bool wanted(const llama_kv_cells & cells, uint32_t cell) const;
+    bool wanted(const llama_kv_cells & cells, uint32_t cell, llama_seq_id seq_id = -1) const; // by a sequence, -1: by any
+    uint32_t first_slot(llama_seq_id seq_id) const; // of the n_sink + n_window that a sequence prefers
     bool is_sink(llama_pos p) const { return p < n_sink; }
     void upload_profile();
     void rot_row(const llama_seqkv_rope_t & rope, int32_t p, float * cs) const;

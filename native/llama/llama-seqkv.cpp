@@ -18,8 +18,6 @@
 #include <set>
 #include <stdexcept>
 
-llama_seqkv_rope_t llama_seqkv_layer_rope(const llama_model & model, const llama_cparams & cparams, int32_t il);
-
 static int32_t fail(char * err, size_t n_err, const std::string & text) {
     if (err && n_err > 0) {
         snprintf(err, n_err, "%s", text.c_str());
