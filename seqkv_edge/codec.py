@@ -71,7 +71,11 @@ def unpack(bits: int, blocks: ArrayLike) -> tuple[Bytes, Bytes]:
     blocks = np.ascontiguousarray(blocks, dtype=np.uint8)
     n = blocks.size // block_bytes(bits) * BLOCK
     codes, gains = np.empty(n, dtype=np.uint8), np.empty(n // BLOCK, dtype=np.uint8)
-    _status(lib.seqkv_unpack(bits, _ptr(blocks, "void *"), blocks.size, _ptr(codes, "uint8_t *"), _ptr(gains, "uint8_t *"), n))
+    _status(
+        lib.seqkv_unpack(
+            bits, _ptr(blocks, "void *"), blocks.size, _ptr(codes, "uint8_t *"), _ptr(gains, "uint8_t *"), n
+        )
+    )
     return codes, gains
 
 
@@ -109,7 +113,9 @@ def encode_key(bits: int, k_frame: ArrayLike, mean: ArrayLike | None, cs_off: Ar
     """Blocks of one key head vector in the frame of its origin; cs_off = rotation(freq, offset)."""
     k, cs, mu = _floats(k_frame), _floats(cs_off), None if mean is None else _floats(mean)
     out = np.empty(bound(bits, _head(k, mu)), dtype=np.uint8)
-    lib.seqkv_encode_key(bits, _ptr(k, "float *"), k.size, _ptr(mu, "float *"), _ptr(cs, "float *"), cs.size, neox, _ptr(out, "void *"))
+    lib.seqkv_encode_key(
+        bits, _ptr(k, "float *"), k.size, _ptr(mu, "float *"), _ptr(cs, "float *"), cs.size, neox, _ptr(out, "void *")
+    )
     return out
 
 
@@ -117,7 +123,16 @@ def decode_key(bits: int, blocks: ArrayLike, mean: ArrayLike | None, cs_off: Arr
     """k_frame (head_dim,) of its blocks."""
     b, cs, mu = np.ascontiguousarray(blocks, dtype=np.uint8), _floats(cs_off), None if mean is None else _floats(mean)
     out = np.empty(b.size // block_bytes(bits) * BLOCK, dtype=np.float32)
-    lib.seqkv_decode_key(bits, _ptr(b, "void *"), _head(out, mu), _ptr(mu, "float *"), _ptr(cs, "float *"), cs.size, neox, _ptr(out, "float *"))
+    lib.seqkv_decode_key(
+        bits,
+        _ptr(b, "void *"),
+        _head(out, mu),
+        _ptr(mu, "float *"),
+        _ptr(cs, "float *"),
+        cs.size,
+        neox,
+        _ptr(out, "float *"),
+    )
     return out
 
 
@@ -137,15 +152,41 @@ def decode_value(bits: int, blocks: ArrayLike, mean: ArrayLike | None) -> Floats
     return out
 
 
-def attention(q: ArrayLike, k: ArrayLike, v: ArrayLike, mask: ArrayLike | None = None, *, scale: float,
-              softcap: float = 0.0, sink: float | None = None) -> Floats:
+def attention(
+    q: ArrayLike,
+    k: ArrayLike,
+    v: ArrayLike,
+    mask: ArrayLike | None = None,
+    *,
+    scale: float,
+    softcap: float = 0.0,
+    sink: float | None = None,
+) -> Floats:
     """Softmax attention of one query q (dk,) over k (n, dk) and v (n, dv): (dv,). mask (n,): 0 or -inf."""
     q, k, v = _floats(q), _floats(k), _floats(v)
     m = None if mask is None else _floats(mask)
-    if k.ndim != 2 or v.ndim != 2 or q.shape != k.shape[1:] or len(k) != len(v) or v.shape[1] > 256 or (m is not None and m.shape != (len(k),)):
+    if (
+        k.ndim != 2
+        or v.ndim != 2
+        or q.shape != k.shape[1:]
+        or len(k) != len(v)
+        or v.shape[1] > 256
+        or (m is not None and m.shape != (len(k),))
+    ):
         raise SeqkvError(f"codec: attention of q {q.shape} over k {k.shape} and v {v.shape}")
     s = None if sink is None else np.array([sink], dtype=np.float32)
     out = np.empty(v.shape[1], dtype=np.float32)
-    lib.seqkv_attention(_ptr(q, "float *"), _ptr(k, "float *"), _ptr(v, "float *"), _ptr(m, "float *"), len(k), q.size, out.size,
-                        scale, softcap, _ptr(s, "float *"), _ptr(out, "float *"))
+    lib.seqkv_attention(
+        _ptr(q, "float *"),
+        _ptr(k, "float *"),
+        _ptr(v, "float *"),
+        _ptr(m, "float *"),
+        len(k),
+        q.size,
+        out.size,
+        scale,
+        softcap,
+        _ptr(s, "float *"),
+        _ptr(out, "float *"),
+    )
     return out

@@ -1,0 +1,501 @@
+"""The `bench` command: memory, quality and speed of KV cache types on one model."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from . import fit, llama, model
+from .chat import kv_options
+from .dropin import KvOptions
+from .engine import Context, Model, devices, open_model
+from .errors import SeqkvError, UsageError
+from .llama import KvSpec
+
+DEFAULT_KV = "f16,q8_0,q4_0,seqkv4,seqkv3,seqkv2"
+_BLOCK = 64  # positions compared at once: 64 x n_vocab float64
+
+
+@dataclass(frozen=True)
+class QualityRow:
+    """Quality of one KV type against the f16 cache; `--json` prints these fields."""
+
+    kv: str
+    bits_per_value: float
+    """of the type's blocks, mean of K and V"""
+    bits_per_value_at_ctx: float
+    """all KV bytes (exact window and tables included) over all values, at the measured context"""
+    ppl: float
+    ppl_base: float
+    kld_mean: float
+    """nats"""
+    kld_median: float
+    kld_p99: float
+    tvd_mean: float
+    """total variation distance, 0..1"""
+    top1_agreement: float
+    """share of positions with the same most likely token, 0..1"""
+    tokens: int
+    """positions scored"""
+
+
+@dataclass(frozen=True)
+class MemoryRow:
+    """Memory of one KV type at one context; bytes; `--json` prints these fields."""
+
+    kv: str
+    ctx: int
+    kv_bytes: int
+    """sum of the KV tensors' buffers"""
+    kv_bytes_per_token: float
+    bits_per_value: float
+    """at this context, exact window and tables included"""
+    rss_bytes: int
+    """resident memory of a process with model and context, after 512 tokens"""
+    peak_rss_bytes: int
+    gpu_bytes: int
+    """device memory taken by model and context, 0 without a GPU"""
+    kv_bytes_reported: int | None
+    """what the library reports for the context; None on unpatched libraries"""
+    kv_bytes_process: int
+    """growth of the process (and device) when the cache is made"""
+
+
+@dataclass(frozen=True)
+class SpeedRow:
+    """Speed of one KV type at one depth; medians over the runs; `--json` prints these fields."""
+
+    kv: str
+    depth: int
+    decode_tps: float
+    decode_spread: float
+    """(max - min) / median over the runs"""
+    prefill_tps: float
+    prefill_spread: float
+    runs: int
+
+
+# --- quality ---
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    """f32 (n, n_vocab) -> float64 log-probabilities of the same shape."""
+    x = logits.astype(np.float64)
+    x -= x.max(axis=-1, keepdims=True)
+    x -= np.log(np.exp(x).sum(axis=-1, keepdims=True))
+    return x
+
+
+@dataclass(frozen=True)
+class Compared:
+    """Per-position comparison of two next-token distributions; all arrays (n,)."""
+
+    nll: np.ndarray
+    nll_base: np.ndarray
+    kld: np.ndarray
+    tvd: np.ndarray
+    same_top: np.ndarray
+
+
+def compare(base: np.ndarray, other: np.ndarray, targets: np.ndarray) -> Compared:
+    """Compare logits f32 (n, n_vocab) of the base and of another cache; targets (n,) are the tokens that followed.
+
+    kld is KL(base || other) in nats, as in llama-perplexity.
+    """
+    parts = []
+    for start in range(0, len(targets), _BLOCK):
+        rows = slice(start, start + _BLOCK)
+        p, q = log_softmax(base[rows]), log_softmax(other[rows])
+        index = np.arange(len(p)), targets[rows]
+        ep = np.exp(p)
+        parts.append((
+            -q[index], -p[index], np.maximum((ep * (p - q)).sum(axis=1), 0.0),
+            0.5 * np.abs(ep - np.exp(q)).sum(axis=1), p.argmax(axis=1) == q.argmax(axis=1),
+        ))  # fmt: skip
+    return Compared(*(np.concatenate(column) for column in zip(*parts)))
+
+
+def summarize(kv: str, bits: float, bits_at_ctx: float, parts: list[Compared]) -> QualityRow:
+    """One row from the comparisons of all windows."""
+
+    def column(name: str) -> np.ndarray:
+        return np.concatenate([getattr(part, name) for part in parts])
+
+    kld = column("kld")
+    return QualityRow(
+        kv, bits, bits_at_ctx, float(np.exp(column("nll").mean())), float(np.exp(column("nll_base").mean())),
+        float(kld.mean()), float(np.median(kld)), float(np.quantile(kld, 0.99)), float(column("tvd").mean()),
+        float(column("same_top").mean()), len(kld),
+    )  # fmt: skip
+
+
+def window_tokens(loaded: Model, text: str, ctx: int, chunks: int) -> list[list[int]]:
+    """Windows of ctx tokens, as llama-perplexity cuts them; each starts with BOS where the model wants one."""
+    tokens = loaded.tokenize(text[: ctx * chunks * 64], add_special=True, parse_special=False)
+    n = min(chunks, len(tokens) // ctx)
+    if n < 1:
+        raise UsageError(f"the text has {len(tokens)} tokens, a window needs {ctx}: use more text or a smaller --ctx")
+    windows = [tokens[i * ctx : (i + 1) * ctx] for i in range(n)]
+    if loaded.api.llama_vocab_get_add_bos(loaded.vocab):
+        bos = int(loaded.api.llama_vocab_bos(loaded.vocab))
+        windows = [[bos, *window[1:]] for window in windows]
+    return windows
+
+
+def window_logits(context: Context, window: list[int], advance: Callable[[int], None]) -> np.ndarray:
+    """f32 (ctx - 1 - ctx//2, n_vocab): logits that predict the second half of the window."""
+    context.clear()
+    first = len(window) // 2
+    out = np.empty((len(window) - 1 - first, context.model.n_vocab), np.float32)
+    row = 0
+    for logits in context.logits(window, first, advance):
+        n = min(len(logits), len(out) - row)  # the last position predicts beyond the window
+        out[row : row + n] = logits[:n]
+        row += n
+    return out
+
+
+def quality(args: argparse.Namespace) -> list[QualityRow]:
+    """Per type: logits of every window against those of the f16 cache of the same build."""
+    kvs = parse_list(args.kv)
+    ctx, chunks = args.ctx, args.chunks
+    if ctx < 16 or chunks < 1:
+        raise UsageError("--ctx must be at least 16 and --chunks at least 1")
+    text = read_text(args.text)
+    options = kv_options(args)
+    parts: dict[KvSpec, list[Compared]] = {kv: [] for kv in kvs}
+    at_ctx: dict[KvSpec, float] = {}
+    with open_model(model.resolve(args.model), ngl=args.ngl) as loaded:
+        windows = window_tokens(loaded, text, ctx, chunks)
+        if len(windows) < chunks:
+            print(f"warning: the text fills only {len(windows)} windows of {ctx}", file=sys.stderr)
+
+        def run(kv: KvSpec, window: list[int], advance: Callable[[int], None]) -> np.ndarray:
+            settings = {"n_ctx": ctx, "n_batch": args.batch, "threads": args.threads, "force": args.force}
+            with loaded.context(kv, options=options, **settings) as context:
+                at_ctx[kv] = 8 * cache_bytes(context, options) / fit.kv_values(loaded.meta, context.n_ctx, args.batch)
+                return window_logits(context, window, advance)
+
+        if any(kv.ours for kv in kvs):  # makes a missing profile before the progress bar starts
+            with loaded.context(next(kv for kv in kvs if kv.ours), n_ctx=256, options=options):
+                pass
+        with progress_bar("quality, tokens", len(windows) * (len(kvs) + 1) * ctx) as advance:
+            for window in windows:
+                first = len(window) // 2
+                targets = np.array(window[first + 1 :])
+                base = run(KvSpec("f16", "f16"), window, advance)
+                for kv in kvs:
+                    parts[kv].append(compare(base, run(kv, window, advance), targets))
+    return [
+        summarize(str(kv), (llama.type_bits(kv.k) + llama.type_bits(kv.v)) / 2, at_ctx[kv], parts[kv]) for kv in kvs
+    ]
+
+
+def cache_bytes(context: Context, options: KvOptions) -> int:
+    """Bytes of a context's cache: reported by the library, or computed where it reports none."""
+    reported = context.kv_bytes()
+    if reported is not None:
+        return reported
+    meta, numbers = context.model.meta, (options.n_sink, options.n_window, context.n_batch)
+    return fit.kv_bytes(meta, context.kv, context.n_ctx, llama.type_bits, *numbers)
+
+
+# --- memory ---
+
+
+def memory_worker(args: argparse.Namespace) -> MemoryRow:
+    """Measure one type at one context in this (fresh) process.
+
+    Growth of the cache: a small context is made twice first, so that the second shows the fixed cost of a context; what
+    the large one takes beyond that, plus the small cache's own bytes, is the large cache.
+    """
+    import psutil
+
+    kv, ctx = KvSpec.parse(args.kv), int(args.ctx)
+    options = kv_options(args)
+    process = psutil.Process()
+
+    def used() -> int:
+        return int(process.memory_info().rss) + device_used() - device_start
+
+    device_start = 0
+    device_start = device_used()
+    with open_model(model.resolve(args.model), ngl=args.ngl) as loaded:
+        settings: dict[str, Any] = {"n_batch": args.batch, "threads": args.threads, "force": args.force}
+        settings["options"] = options
+        small, large = _Growth(used), _Growth(used)
+        # all stay open until the end: memory that one gives back would be used by the next
+        with loaded.context(kv, n_ctx=256, **settings), small, loaded.context(kv, n_ctx=256, **settings) as context:
+            small.stop()
+            small_cache = cache_bytes(context, options)
+            with large, loaded.context(kv, n_ctx=ctx, **settings):
+                large.stop()
+        with loaded.context(kv, n_ctx=ctx, **settings) as context:
+            n = min(512, context.n_ctx)
+            token = max(0, int(loaded.api.llama_vocab_bos(loaded.vocab)))
+            context.evaluate([token] * n)
+            total = cache_bytes(context, options)
+            cells = context.n_ctx
+            values = fit.kv_values(loaded.meta, cells, context.n_batch)
+            rss = int(process.memory_info().rss)
+            return MemoryRow(
+                str(kv), cells, total, total / cells, 8 * total / values, rss, max(rss, peak_rss()),
+                max(0, device_used() - device_start), context.kv_bytes(), large.growth - small.growth + small_cache,
+            )  # fmt: skip
+
+
+class _Growth:
+    """Growth of a quantity from entering a `with` block to `stop`."""
+
+    def __init__(self, read: Callable[[], int]) -> None:
+        self._read, self._start, self.growth = read, 0, 0
+
+    def __enter__(self) -> _Growth:
+        self._start = self._read()
+        return self
+
+    def stop(self) -> None:
+        self.growth = self._read() - self._start
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+def device_used() -> int:
+    """Bytes in use on all GPUs (by anyone)."""
+    return sum(d.memory_total - d.memory_free for d in devices() if d.gpu)
+
+
+def peak_rss() -> int:
+    """Largest resident size of this process so far, in bytes."""
+    try:
+        import resource
+    except ImportError:
+        import psutil
+
+        return int(psutil.Process().memory_info().peak_wset)  # Windows
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(peak) * (1 if sys.platform == "darwin" else 1024)
+
+
+def memory(args: argparse.Namespace) -> list[MemoryRow]:
+    """One fresh process per type and context."""
+    kvs, contexts = parse_list(args.kv), parse_numbers(args.ctx)
+    rows = []
+    with progress_bar("memory, measurements", len(kvs) * len(contexts)) as advance:
+        for kv in kvs:
+            for ctx in contexts:
+                rows.append(_run_worker(args, kv, ctx))
+                advance(1)
+    return rows
+
+
+def _run_worker(args: argparse.Namespace, kv: KvSpec, ctx: int) -> MemoryRow:
+    command = [sys.executable, "-m", "seqkv_edge", "bench", "memory", "--worker", "--kv", str(kv), "--ctx", str(ctx)]
+    command += ["--batch", str(args.batch)]
+    for name in ("model", "ngl", "threads", "sink", "window", "profile"):
+        if (value := getattr(args, name)) is not None:
+            command += [f"--{name}", str(value)]
+    for name in ("no_profile", "force"):
+        if getattr(args, name):
+            command.append("--" + name.replace("_", "-"))
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    if done.returncode != 0:
+        lines = done.stderr.strip().splitlines()
+        raise SeqkvError(lines[-1].removeprefix("error: ") if lines else f"a measurement of {kv} at {ctx} failed")
+    return MemoryRow(**json.loads(done.stdout.strip().splitlines()[-1]))
+
+
+def plot_memory(rows: list[MemoryRow], path: Path) -> None:
+    """KV bytes over context, one line per type."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise SeqkvError("--plot needs matplotlib: pip install matplotlib") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+    for kv in dict.fromkeys(row.kv for row in rows):
+        points = sorted((row.ctx, row.kv_bytes / 2**20) for row in rows if row.kv == kv)
+        axes.plot(*zip(*points), marker="o", label=kv)
+    axes.set(xlabel="context, tokens", ylabel="KV cache, MiB", xscale="log", yscale="log")
+    axes.grid(True, which="both", alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+# --- speed ---
+
+
+def speed(args: argparse.Namespace) -> list[SpeedRow]:
+    """Prefill of 512 tokens and decode of 32 single tokens behind every depth."""
+    kvs, depths = parse_list(args.kv), sorted(parse_numbers(args.depth, least=0))
+    n_prefill, n_decode = 512, 32
+    n_ctx = depths[-1] + n_prefill + n_decode
+    rows = []
+    with open_model(model.resolve(args.model), ngl=args.ngl) as loaded:
+        sentence = "The quick brown fox jumps over the lazy dog. "
+        filler = loaded.tokenize(sentence * 64, add_special=False, parse_special=False)
+
+        def text(n: int) -> list[int]:
+            return (filler * (n // len(filler) + 1))[:n]
+
+        settings = {"n_batch": args.batch, "threads": args.threads, "force": args.force, "options": kv_options(args)}
+        with progress_bar("speed, depths", len(kvs) * len(depths)) as advance:
+            for kv in kvs:
+                with loaded.context(kv, n_ctx=n_ctx, **settings) as context:
+                    context.evaluate(text(16))  # first-use costs
+                    for depth in depths:
+                        context.keep(depth)
+                        context.evaluate(text(depth - context.n_past))
+                        prefill = [_timed(context, depth, [text(n_prefill)]) for _ in range(args.runs)]
+                        decode = [_timed(context, depth, [[t] for t in text(n_decode)]) for _ in range(args.runs)]
+                        rows.append(SpeedRow(str(kv), depth, *_stats(decode), *_stats(prefill), args.runs))
+                        advance(1)
+    return rows
+
+
+def _timed(context: Context, depth: int, batches: list[list[int]]) -> float:
+    """Tokens per second of evaluating batches at `depth`; the cache is left as it was."""
+    started = time.perf_counter()
+    for batch in batches:
+        context.evaluate(batch)
+    elapsed = time.perf_counter() - started
+    context.keep(depth)
+    return sum(map(len, batches)) / elapsed
+
+
+def _stats(values: list[float]) -> tuple[float, float]:
+    middle = statistics.median(values)
+    return middle, (max(values) - min(values)) / middle
+
+
+# --- command ---
+
+
+def parse_list(text: str) -> list[KvSpec]:
+    """The specs of a list such as "f16,seqkv3:q8_0", in order, without repetitions."""
+    return list(dict.fromkeys(KvSpec.parse(item) for item in text.split(",")))
+
+
+def parse_numbers(text: str, least: int = 1) -> list[int]:
+    """The numbers of a list such as "2048,8192"."""
+    try:
+        numbers = [int(item) for item in text.split(",")]
+    except ValueError:
+        raise UsageError(f"{text!r} is not a list of numbers such as 2048,8192") from None
+    if min(numbers) < least:
+        raise UsageError(f"{text!r}: numbers must be at least {least}")
+    return numbers
+
+
+def read_text(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise UsageError(f"cannot read --text {path}: {error.strerror or error}") from None
+
+
+class progress_bar:
+    """A rich progress bar on standard error; gives a function to advance it."""
+
+    def __init__(self, title: str, total: int) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        console = Console(stderr=True)
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        self._progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+        self._task = self._progress.add_task(title, total=total)
+
+    def __enter__(self) -> Callable[[int], None]:
+        self._progress.start()
+        return lambda n: self._progress.advance(self._task, n)
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+
+_FORMATS: dict[str, Callable[[Any], str]] = {
+    "top1_agreement": lambda v: f"{100 * v:.1f} %",
+    "ppl": lambda v: f"{v:.3f}",
+    "ppl_base": lambda v: f"{v:.3f}",
+    "bits_per_value": lambda v: f"{v:.3f}",
+    "bits_per_value_at_ctx": lambda v: f"{v:.3f}",
+    "kv_bytes_per_token": lambda v: f"{v:.0f}",
+    "decode_tps": lambda v: f"{v:.1f}",
+    "prefill_tps": lambda v: f"{v:.0f}",
+    "decode_spread": lambda v: f"{100 * v:.0f} %",
+    "prefill_spread": lambda v: f"{100 * v:.0f} %",
+}
+
+
+def format_cell(name: str, value: Any) -> str:
+    """One cell of a table."""
+    if value is None:
+        return "-"
+    if name in _FORMATS:
+        return _FORMATS[name](value)
+    if name.endswith("_bytes") or name.startswith("kv_bytes"):
+        return fit.format_size(value)
+    return f"{value:.5f}" if isinstance(value, float) else str(value)
+
+
+def print_table(title: str, rows: Iterable[Any]) -> None:
+    """A table of dataclass rows on standard output."""
+    from rich.console import Console
+    from rich.table import Table
+
+    records = [asdict(row) for row in rows]
+    table = Table(title=title, title_justify="left")
+    for name in records[0]:
+        table.add_column(name.replace("_", " "), justify="left" if name == "kv" else "right")
+    for record in records:
+        table.add_row(*(format_cell(name, value) for name, value in record.items()))
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=200)
+    console.print(table)
+
+
+def write_json(rows: Iterable[Any], path: str) -> None:
+    """Rows as a JSON list; "-" is standard output."""
+    text = json.dumps([asdict(row) for row in rows], indent=2) + "\n"
+    if path == "-":
+        sys.stdout.write(text)
+        return
+    try:
+        Path(path).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise SeqkvError(f"cannot write {path}: {error.strerror or error}") from None
+
+
+def run(args: argparse.Namespace) -> int:
+    """The command. Returns the exit status."""
+    if args.what == "memory" and args.worker:
+        print(json.dumps(asdict(memory_worker(args))))
+        return 0
+    measures: dict[str, Callable[[argparse.Namespace], list[Any]]]
+    measures = {"memory": memory, "quality": quality, "speed": speed}
+    rows = measures[args.what](args)
+    if args.json != "-":
+        print_table(f"{args.what}: {model.resolve(args.model).name}", rows)
+    if args.json:
+        write_json(rows, args.json)
+    if args.what == "memory" and args.plot:
+        plot_memory(rows, Path(args.plot))
+    return 0
