@@ -44,10 +44,11 @@ def _log(level: int, text: bytes, _user: ctypes.c_void_p) -> None:
 
 
 def clear_log() -> None:
+    api.llama_log_set(_log, ctypes.c_void_p(0))  # again: other tests of the process may have set their own
     log_lines.clear()
 
 
-api.llama_log_set(_log, ctypes.c_void_p(0))
+clear_log()
 api.llama_backend_init()
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from itertools import accumulate
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -98,3 +101,9 @@ def test_common_prefix():
     assert common_prefix([1, 2, 3], [1, 2, 4, 5]) == 2
     assert common_prefix([], [1]) == 0
     assert common_prefix(b"abc", b"abc") == 3
+
+
+def test_published_tables_are_what_the_json_gives() -> None:
+    root = Path(__file__).resolve().parents[1]
+    done = subprocess.run([sys.executable, root / "tools" / "report.py", "--check"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -128,6 +128,10 @@ llama_seqkv::llama_seqkv(llama_kv_cache & kv) : kv(kv) {
     static const llama_seqkv_config config_default;
     const llama_seqkv_config & config = kv.model.seqkv ? *kv.model.seqkv : config_default;
 
+    if (kv.other) {
+        throw std::runtime_error("the seqkv types cannot share another context's cache: use f16 for the draft context");
+    }
+
     n_sink   = config.n_sink;
     n_window = config.n_window;
     model_id = config.model_id;

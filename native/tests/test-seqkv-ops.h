@@ -11,8 +11,8 @@ struct test_seqkv : public test_case {
     enum order_t { IN_ORDER, SHIFTED, SCRAMBLED }; // of the cells: one frame a tile, two frames a tile, any
 
     const ggml_op   op;       // SEQKV_FRAME, SEQKV_STORE, SEQKV_ATTN
-    const ggml_type type_k;   // STORE: the type stored
-    const ggml_type type_v;   // STORE: GGML_TYPE_COUNT if a key is stored
+    const ggml_type type_k;
+    const ggml_type type_v;   // STORE: a value of this type is stored, or if it is F16, a key of type_k
     const int64_t   dk, dv, n_head_kv, group;
     const int64_t   n_kv, n_win, n_tokens, n_stream;
     const int       order;
@@ -65,7 +65,7 @@ struct test_seqkv : public test_case {
             ggml_tensor * prof = profile ? named(ggml_new_tensor_1d(ctx, GGML_TYPE_F32, row), "prof") : nullptr;
             ggml_tensor * cur  = named(ggml_new_tensor_2d(ctx, GGML_TYPE_F16, row, n_tokens*n_stream), "cur");
             if (op == GGML_OP_SEQKV_STORE) {
-                const bool key = type_v == GGML_TYPE_COUNT;
+                const bool key = type_v == GGML_TYPE_F16;
                 params.part = key ? GGML_SEQKV_KEY : GGML_SEQKV_VALUE;
                 ggml_tensor * dst  = named(ggml_new_tensor_2d(ctx, key ? type_k : type_v, n_head_kv*(key ? dk : dv), n_kv*n_stream), "dst");
                 ggml_tensor * idxs = named(ggml_new_tensor_1d(ctx, GGML_TYPE_I64, n_tokens*n_stream), "idxs");
@@ -151,7 +151,7 @@ struct test_seqkv : public test_case {
             for (const bool neox : { false, true }) {
                 cases.emplace_back(new test_seqkv(GGML_OP_SEQKV_FRAME, GGML_TYPE_SEQKV3, GGML_TYPE_SEQKV3, d, 64, 2, 1, 256, 68, 7, 2, SHIFTED, true, false, neox));
                 for (const ggml_type t : ours) {
-                    cases.emplace_back(new test_seqkv(GGML_OP_SEQKV_STORE, t, GGML_TYPE_COUNT, d, 64, 2, 1, 256, 68, 33, 2, SHIFTED, neox, false, neox, d/2));
+                    cases.emplace_back(new test_seqkv(GGML_OP_SEQKV_STORE, t, GGML_TYPE_F16, d, 64, 2, 1, 256, 68, 33, 2, SHIFTED, neox, false, neox, d/2));
                 }
             }
             for (const ggml_type t : ours) {
