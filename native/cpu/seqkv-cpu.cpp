@@ -387,6 +387,7 @@ struct attn_worker {
     int     nt, nq;   // tokens, query rows = nt*group; row r is token r/group, head r%group
     int32_t q_origin = -1; // what w.qf holds: origin row of rot
     bool    q_hadamard = false;
+    bool    has_pred   = false;
 
     attn_worker(const attn_view & a, const attn_scratch & w, int64_t s, int h, int64_t t0, int nt) :
         a(a), w(w), s(s), h(h), t0(t0), nt(nt), nq(nt*a.group) {
@@ -400,14 +401,20 @@ struct attn_worker {
         std::fill(w.l,   w.l   + nq, 0.0f);
         std::fill(w.l_z, w.l_z + nq, 0.0f);
 
-        if (a.bits_k && a.prof) {
-            for (int off = 0; off < SEQKV_FRAME; ++off) {
-                float * x = w.pred + off*p.dk;
-                memcpy(x, a.mean_k(h), p.dk*sizeof(float));
-                seqkv_rotate(x, a.rot.offset(off), p.n_rot, p.neox, 0);
-                fwht_row(x, p.dk);
-            }
+    }
+
+    // pred, made when the first blocks are read
+    void set_predictions() {
+        if (has_pred) {
+            return;
         }
+        for (int off = 0; off < SEQKV_FRAME; ++off) {
+            float * x = w.pred + off*a.p.dk;
+            memcpy(x, a.mean_k(h), a.p.dk*sizeof(float));
+            seqkv_rotate(x, a.rot.offset(off), a.p.n_rot, a.p.neox, 0);
+            fwht_row(x, a.p.dk);
+        }
+        has_pred = true;
     }
 
     // queries R(-t0) q, in the transform domain if hadamard
@@ -486,6 +493,10 @@ struct attn_worker {
         const int  tw     = GGML_PAD(n, 16);
         const bool had_k  = cells && a.bits_k;
         const bool frame_q = one_origin && nq <= TILE/2; // rotate the queries, or the keys, whichever are fewer
+
+        if (had_k && a.prof) {
+            set_predictions();
+        }
 
         for (int j = 0; j < tw; ++j) {
             float * kt = w.kt + j;
