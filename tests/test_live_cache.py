@@ -1232,3 +1232,14 @@ def test_share_of_codes_that_depend_on_batching_is_small(models: Models) -> None
             c.rm(0, 191)
             states.append(c.save_seq())
     assert share_different(*states) <= 0.08  # most of it the last bit of f16 rows of the window
+
+
+@patched
+def test_threads_do_not_change_the_answer(models: Models) -> None:
+    """Prefill, and decode deep enough for several chunks of the attention op, bit for bit."""
+    tokens = np.random.default_rng(0).integers(3, 200, 1220).tolist()
+    logits = []
+    for n_threads in (1, 2):
+        with Context(models("llama"), kv="seqkv3", n_ctx=2048, n_threads=n_threads) as c:
+            logits.append(np.concatenate([c.decode(tokens[:1200]), c.decode(tokens[1200:], step=1)]))
+    assert np.array_equal(*logits)

@@ -285,7 +285,6 @@ void llama_seqkv::begin_ubatch(const llama_kv_cache_context & mctx) {
     ub.n_kv     = n_kv;
     ub.n_stream = n_stream;
     ub.n_tokens = n_tokens;
-    ub.s0       = sinfo.s0;
     ub.read_slot.assign(n_stream, std::vector<int32_t>(n_kv, -1));
     ub.cur_row  .assign(n_stream, std::vector<int32_t>(n_kv, -1));
     ub.meta     .assign((size_t) n_stream*n_virt, -1);

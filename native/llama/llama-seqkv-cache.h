@@ -123,7 +123,6 @@ private:
     // the current ubatch
     struct {
         uint32_t n_kv = 0, n_stream = 1, n_tokens = 0; // tokens per stream
-        uint32_t s0 = 0;
         std::vector<std::vector<int32_t>>  read_slot;  // per stream of the ubatch: slot of a cell before this ubatch, -1: none
         std::vector<std::vector<int32_t>>  cur_row;    // per stream: row of a cell in this ubatch, -1: none
         std::vector<int32_t> meta;                     // (n_stream, n_virt)
