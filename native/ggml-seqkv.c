@@ -6,19 +6,29 @@
 
 int ggml_seqkv_bits(enum ggml_type type) {
     switch (type) {
-        case GGML_TYPE_SEQKV2: return 2;
-        case GGML_TYPE_SEQKV3: return 3;
-        case GGML_TYPE_SEQKV4: return 4;
-        default:               return 0;
+#define BITS(type, name, bits, graded) case GGML_TYPE_##type: return bits;
+        GGML_SEQKV_TYPES(BITS)
+        default: return 0;
     }
 }
 
-void quantize_row_seqkv2  (const float * x, void * y, int64_t n) { seqkv_quantize(2, x, n, y, seqkv_bound(2, n)); }
-void quantize_row_seqkv3  (const float * x, void * y, int64_t n) { seqkv_quantize(3, x, n, y, seqkv_bound(3, n)); }
-void quantize_row_seqkv4  (const float * x, void * y, int64_t n) { seqkv_quantize(4, x, n, y, seqkv_bound(4, n)); }
-void dequantize_row_seqkv2(const void * x, float * y, int64_t n) { seqkv_dequantize(2, x, seqkv_bound(2, n), y, n); }
-void dequantize_row_seqkv3(const void * x, float * y, int64_t n) { seqkv_dequantize(3, x, seqkv_bound(3, n), y, n); }
-void dequantize_row_seqkv4(const void * x, float * y, int64_t n) { seqkv_dequantize(4, x, seqkv_bound(4, n), y, n); }
+bool ggml_seqkv_graded(enum ggml_type type) {
+    switch (type) {
+#define GRADED(type, name, bits, graded) case GGML_TYPE_##type: return graded;
+        GGML_SEQKV_TYPES(GRADED)
+        default: return false;
+    }
+}
+
+enum ggml_type ggml_seqkv_type(int bits, bool graded) {
+    GGML_ASSERT(bits >= 1 && bits <= 4);
+    return (enum ggml_type) ((graded ? GGML_TYPE_SEQKV1K : GGML_TYPE_SEQKV1) + bits - 1);
+}
+
+#define ROWS(type, name, bits, graded) \
+    void quantize_row_##name  (const float * x, void * y, int64_t n) { seqkv_quantize  (bits, graded, x, n, y, seqkv_bound(bits, graded, n)); } \
+    void dequantize_row_##name(const void * x, float * y, int64_t n) { seqkv_dequantize(bits, graded, x, seqkv_bound(bits, graded, n), y, n); }
+GGML_SEQKV_TYPES(ROWS)
 
 static void set_params(struct ggml_tensor * t, struct ggml_seqkv_params params) {
     static_assert(sizeof(params) <= GGML_MAX_OP_PARAMS, "op params too large");
@@ -27,6 +37,11 @@ static void set_params(struct ggml_tensor * t, struct ggml_seqkv_params params) 
 
 static int64_t row_width(const struct ggml_seqkv_params * p) {
     return (int64_t) p->n_head_kv*(p->dk + p->dv);
+}
+
+static void check_prof(const struct ggml_tensor * prof, const struct ggml_seqkv_params * p) {
+    GGML_ASSERT(!prof || (prof->type == GGML_TYPE_F16 && ggml_is_contiguous(prof)));
+    GGML_ASSERT(!prof || ggml_nelements(prof) == p->n_head_kv*ggml_seqkv_prof_stride(p->dk, p->dv));
 }
 
 static void check_meta(const struct ggml_tensor * meta, const struct ggml_seqkv_params * p, int64_t n_tokens) {
@@ -53,8 +68,7 @@ struct ggml_tensor * ggml_seqkv_frame(struct ggml_context * ctx, struct ggml_ten
 }
 
 struct ggml_tensor * ggml_seqkv_store(struct ggml_context * ctx, struct ggml_tensor * dst, struct ggml_tensor * cur,
-        struct ggml_tensor * idxs, struct ggml_tensor * meta, struct ggml_tensor * rot, struct ggml_tensor * prof,
-        struct ggml_seqkv_params params) {
+        struct ggml_tensor * idxs, struct ggml_tensor * meta, struct ggml_tensor * prof, struct ggml_seqkv_params params) {
     const int64_t width = params.part == GGML_SEQKV_KEY   ? (int64_t) params.n_head_kv*params.dk
                         : params.part == GGML_SEQKV_VALUE ? (int64_t) params.n_head_kv*params.dv : row_width(&params);
     GGML_ASSERT(dst->ne[0] == width && dst->ne[2] == 1 && dst->ne[3] == 1);
@@ -62,7 +76,7 @@ struct ggml_tensor * ggml_seqkv_store(struct ggml_context * ctx, struct ggml_ten
     GGML_ASSERT(cur->type == GGML_TYPE_F16 && ggml_is_contiguous(cur) && cur->ne[0] == row_width(&params));
     GGML_ASSERT(idxs->type == GGML_TYPE_I64 && idxs->ne[0] == cur->ne[1]);
     check_meta(meta, &params, cur->ne[1]);
-    GGML_ASSERT(!prof || (prof->type == GGML_TYPE_F32 && ggml_nelements(prof) == row_width(&params)));
+    check_prof(prof, &params);
 
     struct ggml_tensor * result = ggml_view_tensor(ctx, dst);
     set_params(result, params);
@@ -71,8 +85,7 @@ struct ggml_tensor * ggml_seqkv_store(struct ggml_context * ctx, struct ggml_ten
     result->src[1] = idxs;
     result->src[2] = dst;
     result->src[3] = meta;
-    result->src[4] = rot;
-    result->src[5] = prof;
+    result->src[4] = prof;
     return result;
 }
 
@@ -96,7 +109,7 @@ struct ggml_tensor * ggml_seqkv_attn(struct ggml_context * ctx, struct ggml_tens
     GGML_ASSERT(meta->ne[1] == n_stream);
     check_meta(meta, &params, n_tokens);
     GGML_ASSERT(rot->type == GGML_TYPE_F32 && ggml_is_contiguous(rot) && rot->ne[0] >= params.n_rot);
-    GGML_ASSERT(!prof || (prof->type == GGML_TYPE_F32 && ggml_nelements(prof) == row_width(&params)));
+    check_prof(prof, &params);
 
     struct ggml_tensor * result = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, params.dv, q->ne[1], n_tokens);
     set_params(result, params);

@@ -4,10 +4,11 @@
 //   position t, frame origin t0 = t - offset, offset = t mod 64 at the time of writing (0..63)
 //   R(p)      RoPE rotation by position p
 //   k_frame   R(-t0) k_post: a key in the RoPE frame of its origin
-//   mean      calibrated mean of R(-t) k_post (keys) or of v (values), per KV head; NULL: none
 //   H         orthonormal Walsh-Hadamard transform of size head_dim
-//   key       z = H (k_frame - R(offset) mean)            value    z = H (v - mean)
-// z is stored as head_dim/64 blocks.
+//   key       z = E k_frame - pred,  k_frame = D (z + pred)     E, D = E^-1: transform of the KV head, H without a profile
+//                                                               pred = E R(offset) mean: prediction at the key's offset
+//   value     z = H (scale * (v - mean)),  v = mean + (H z)/scale
+// z is stored as head_dim/64 blocks of 64 values, in order. bits is 1..4 everywhere, graded 0 or 1: the plans of block.h.
 //
 // Rotation rows: R(p) is given as cs[n_rot] = { cos a_0, sin a_0, cos a_1, sin a_1, ... }, a_i = p * freq_i.
 // Pair i is (x[2i], x[2i+1]), or with neox (x[i], x[i + n_rot/2]); values from n_rot on are not rotated.
@@ -32,25 +33,26 @@ extern "C" {
 
 enum {
     SEQKV_OK          =  0,
-    SEQKV_EBITS       = -1, // bits is not 2, 3 or 4
+    SEQKV_EBITS       = -1, // bits is not 1, 2, 3 or 4
     SEQKV_ELENGTH     = -2, // n is not a positive multiple of 64, or a buffer is too small
 };
 
 // Text of a status, never NULL.
 SEQKV_API const char * seqkv_strerror(int64_t status);
 
-// Bytes of n values (n/64 blocks) at 2, 3 or 4 bits; < 0: a status.
-SEQKV_API int64_t seqkv_bound(int bits, int64_t n);
+// Bytes of n values (n/64 blocks); < 0: a status.
+SEQKV_API int64_t seqkv_bound(int bits, int graded, int64_t n);
 
 // x[n] -> n/64 blocks at dst. Returns the bytes written, < 0: a status.
-// Non-finite inputs count as 0; magnitudes beyond the gain range saturate.
-SEQKV_API int64_t seqkv_quantize(int bits, const float * x, int64_t n, void * dst, int64_t n_dst);
+// Non-finite inputs count as 0; magnitudes beyond the gain range saturate. A block's bytes depend on its 64 values alone.
+SEQKV_API int64_t seqkv_quantize(int bits, int graded, const float * x, int64_t n, void * dst, int64_t n_dst);
 
 // n/64 blocks at src -> y[n]. Returns the bytes read, < 0: a status. Every byte pattern is a valid block.
-SEQKV_API int64_t seqkv_dequantize(int bits, const void * src, int64_t n_src, float * y, int64_t n);
+SEQKV_API int64_t seqkv_dequantize(int bits, int graded, const void * src, int64_t n_src, float * y, int64_t n);
 
-// Codes of n/64 blocks as bytes 0..2^bits-1, and their gain bytes (n/64). Returns the bytes read, < 0: a status.
-SEQKV_API int64_t seqkv_unpack(int bits, const void * src, int64_t n_src, uint8_t * codes, uint8_t * gains, int64_t n);
+// Codes of n/64 blocks as bytes codes[n], 0..2^B-1 for a value of B bits (bit 0: the trellis path), and their gains as stored,
+// gains[3*(n/64)]: one byte a group, 0 for groups that the plan does not have. Returns the bytes read, < 0: a status.
+SEQKV_API int64_t seqkv_unpack(int bits, int graded, const void * src, int64_t n_src, uint8_t * codes, uint8_t * gains, int64_t n);
 
 // x <- H x, n = 2^k.
 SEQKV_API void seqkv_fwht(float * x, int n);
@@ -58,15 +60,16 @@ SEQKV_API void seqkv_fwht(float * x, int n);
 // x <- R(p) x, or R(-p) x if inverse. cs: n_rot floats, see above.
 SEQKV_API void seqkv_rotate(float * x, const float * cs, int n_rot, int neox, int inverse);
 
-// One key head vector k_frame[head_dim] -> blocks. cs_off: rotation row of its offset.
-SEQKV_API void seqkv_encode_key(int bits, const float * k_frame, int head_dim, const float * mean, const float * cs_off,
-                                int n_rot, int neox, void * dst);
-// blocks -> k_frame[head_dim].
-SEQKV_API void seqkv_decode_key(int bits, const void * src, int head_dim, const float * mean, const float * cs_off,
-                                int n_rot, int neox, float * k_frame);
-// One value head vector v[head_dim] -> blocks, and back.
-SEQKV_API void seqkv_encode_value(int bits, const float * v, int head_dim, const float * mean, void * dst);
-SEQKV_API void seqkv_decode_value(int bits, const void * src, int head_dim, const float * mean, float * v);
+// One key head vector k_frame[head_dim] -> blocks, and back.
+// enc, dec: (head_dim, head_dim) row-major E and D, row r of E makes z[r]; NULL: H. pred: (head_dim), NULL: 0.
+SEQKV_API void seqkv_encode_key(int bits, int graded, const float * k_frame, int head_dim, const float * enc, const float * pred,
+                                void * dst);
+SEQKV_API void seqkv_decode_key(int bits, int graded, const void * src, int head_dim, const float * dec, const float * pred,
+                                float * k_frame);
+
+// One value head vector v[head_dim] -> blocks of the uniform plan, and back. mean, scale: (head_dim), NULL: 0 and 1; scale > 0.
+SEQKV_API void seqkv_encode_value(int bits, const float * v, int head_dim, const float * mean, const float * scale, void * dst);
+SEQKV_API void seqkv_decode_value(int bits, const void * src, int head_dim, const float * mean, const float * scale, float * v);
 
 // Softmax attention of one query head over n rows: out = sum_j p_j v_j,
 // p = softmax(cap(scale * <q, k_j>) + mask_j), with sink (if not NULL) one more logit without a value.

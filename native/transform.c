@@ -33,52 +33,53 @@ void seqkv_rotate(float * x, const float * cs, int n_rot, int neox, int inverse)
 
 #define SEQKV_MAX_HEAD 256
 
-// prediction of a key in its frame: R(offset) mean
-static void predict_key(const float * mean, int head_dim, const float * cs_off, int n_rot, int neox, float * pred) {
-    if (!mean) {
-        memset(pred, 0, head_dim*sizeof(float));
+// y = M x, M (n, n) row-major; NULL: the Hadamard transform
+static void transform(const float * m, const float * x, int n, float * y) {
+    if (!m) {
+        memcpy(y, x, n*sizeof(float));
+        seqkv_fwht(y, n);
         return;
     }
-    memcpy(pred, mean, head_dim*sizeof(float));
-    seqkv_rotate(pred, cs_off, n_rot, neox, 0);
+    for (int r = 0; r < n; ++r) {
+        double sum = 0.0;
+        for (int c = 0; c < n; ++c) {
+            sum += (double) m[r*n + c]*x[c];
+        }
+        y[r] = (float) sum;
+    }
 }
 
-void seqkv_encode_key(int bits, const float * k_frame, int head_dim, const float * mean, const float * cs_off,
-                      int n_rot, int neox, void * dst) {
-    float pred[SEQKV_MAX_HEAD];
+void seqkv_encode_key(int bits, int graded, const float * k_frame, int head_dim, const float * enc, const float * pred, void * dst) {
     float z[SEQKV_MAX_HEAD];
-    predict_key(mean, head_dim, cs_off, n_rot, neox, pred);
+    transform(enc, k_frame, head_dim, z);
+    for (int i = 0; pred && i < head_dim; ++i) {
+        z[i] -= pred[i];
+    }
+    seqkv_quantize(bits, graded, z, head_dim, dst, seqkv_bound(bits, graded, head_dim));
+}
+
+void seqkv_decode_key(int bits, int graded, const void * src, int head_dim, const float * dec, const float * pred, float * k_frame) {
+    float z[SEQKV_MAX_HEAD];
+    seqkv_dequantize(bits, graded, src, seqkv_bound(bits, graded, head_dim), z, head_dim);
+    for (int i = 0; pred && i < head_dim; ++i) {
+        z[i] += pred[i];
+    }
+    transform(dec, z, head_dim, k_frame);
+}
+
+void seqkv_encode_value(int bits, const float * v, int head_dim, const float * mean, const float * scale, void * dst) {
+    float z[SEQKV_MAX_HEAD];
     for (int i = 0; i < head_dim; ++i) {
-        z[i] = k_frame[i] - pred[i];
+        z[i] = (scale ? scale[i] : 1.0f)*(mean ? v[i] - mean[i] : v[i]);
     }
     seqkv_fwht(z, head_dim);
-    seqkv_quantize(bits, z, head_dim, dst, seqkv_bound(bits, head_dim));
+    seqkv_quantize(bits, 0, z, head_dim, dst, seqkv_bound(bits, 0, head_dim));
 }
 
-void seqkv_decode_key(int bits, const void * src, int head_dim, const float * mean, const float * cs_off,
-                      int n_rot, int neox, float * k_frame) {
-    float pred[SEQKV_MAX_HEAD];
-    predict_key(mean, head_dim, cs_off, n_rot, neox, pred);
-    seqkv_dequantize(bits, src, seqkv_bound(bits, head_dim), k_frame, head_dim);
-    seqkv_fwht(k_frame, head_dim);
-    for (int i = 0; i < head_dim; ++i) {
-        k_frame[i] += pred[i];
-    }
-}
-
-void seqkv_encode_value(int bits, const float * v, int head_dim, const float * mean, void * dst) {
-    float z[SEQKV_MAX_HEAD];
-    for (int i = 0; i < head_dim; ++i) {
-        z[i] = mean ? v[i] - mean[i] : v[i];
-    }
-    seqkv_fwht(z, head_dim);
-    seqkv_quantize(bits, z, head_dim, dst, seqkv_bound(bits, head_dim));
-}
-
-void seqkv_decode_value(int bits, const void * src, int head_dim, const float * mean, float * v) {
-    seqkv_dequantize(bits, src, seqkv_bound(bits, head_dim), v, head_dim);
+void seqkv_decode_value(int bits, const void * src, int head_dim, const float * mean, const float * scale, float * v) {
+    seqkv_dequantize(bits, 0, src, seqkv_bound(bits, 0, head_dim), v, head_dim);
     seqkv_fwht(v, head_dim);
-    for (int i = 0; mean && i < head_dim; ++i) {
-        v[i] += mean[i];
+    for (int i = 0; i < head_dim; ++i) {
+        v[i] = (scale ? v[i]/scale[i] : v[i]) + (mean ? mean[i] : 0.0f);
     }
 }

@@ -9,7 +9,8 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,15 @@ from . import fit, llama, model
 from .chat import kv_options
 from .dropin import KvOptions
 from .engine import Context, Model, devices, open_model
-from .errors import SeqkvError, UsageError
-from .llama import KvSpec
+from .errors import LibraryError, SeqkvError, UsageError
+from .llama import QUANTIZED_TYPES, KvSpec
 
 DEFAULT_KV = "f16,q8_0,q4_0,seqkv4,seqkv3,seqkv2"
+QUALITY_KV = "f16,q8_0,q5_0,q4_0,seqkv4,seqkv3,seqkv2"
+QUALITY_PEERS = "q8_0+w,q5_0+w,q4_0+w"
+"""llama.cpp's types with the exact window of the seqkv types; listed by default unless the window is 0"""
 _BLOCK = 64  # positions compared at once: 64 x n_vocab float64
+_MOST_TABLES = 0.05  # of a cache's computed size; what the library reports beyond that is no table
 
 
 @dataclass(frozen=True)
@@ -32,14 +37,20 @@ class QualityRow:
     """Quality of one KV type against the f16 cache; `--json` prints these fields."""
 
     kv: str
+    """a KV spec; with +w, llama.cpp's type with the exact window of the seqkv types"""
     bits_per_value: float
     """of the type's blocks, mean of K and V"""
     bits_per_value_at_ctx: float
     """all KV bytes (exact window and tables included) over all values, at the measured context"""
+    bits_per_value_8192: float | None
+    """the same at a context of 8,192 tokens; None when the sizes are not understood (a warning says so)"""
+    bits_per_value_32768: float | None
     ppl: float
     ppl_base: float
     kld_mean: float
     """nats"""
+    kld_sem: float | None
+    """standard error of kld_mean, from the means of the windows; None with one window"""
     kld_median: float
     kld_p99: float
     tvd_mean: float
@@ -48,6 +59,8 @@ class QualityRow:
     """share of positions with the same most likely token, 0..1"""
     tokens: int
     """positions scored"""
+    kld_quarters: list[float] | None = None
+    """mean KLD in each quarter of the window, with --quarters"""
 
 
 @dataclass(frozen=True)
@@ -126,17 +139,43 @@ def compare(base: np.ndarray, other: np.ndarray, targets: np.ndarray) -> Compare
     return Compared(*(np.concatenate(column) for column in zip(*parts)))
 
 
-def summarize(kv: str, bits: float, bits_at_ctx: float, parts: list[Compared]) -> QualityRow:
-    """One row from the comparisons of all windows."""
+def join(parts: list[Compared]) -> Compared:
+    """All positions of several comparisons."""
+    names = ("nll", "nll_base", "kld", "tvd", "same_top")
+    return Compared(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))
 
-    def column(name: str) -> np.ndarray:
-        return np.concatenate([getattr(part, name) for part in parts])
 
-    kld = column("kld")
+@dataclass(frozen=True)
+class Bits:
+    """Bits per value of a cache, as in the fields of QualityRow."""
+
+    own: float
+    at_ctx: float
+    at_8192: float | None
+    at_32768: float | None
+
+
+def summarize(kv: str, bits: Bits, windows: list[Compared], ctx: int) -> QualityRow:
+    """One row from the comparisons of all windows of `ctx` tokens.
+
+    A window has the last ctx - 1 - ctx//2 positions, or all ctx - 1; only the second half is scored in either case, and
+    the quarters are given in the latter.
+    """
+    n_half = ctx - 1 - ctx // 2
+    halves = [Compared(*(column[-n_half:] for column in vars(window).values())) for window in windows]
+    scored = join(halves)
+    means = np.array([half.kld.mean() for half in halves])
+    sem = float(means.std(ddof=1) / np.sqrt(len(means))) if len(means) > 1 else None
+    quarters = None
+    if all(len(window.kld) == ctx - 1 for window in windows):
+        edges = [ctx * q // 4 for q in range(5)]
+        pairs = zip(edges, edges[1:])
+        quarters = [float(np.concatenate([window.kld[a:b] for window in windows]).mean()) for a, b in pairs]
     return QualityRow(
-        kv, bits, bits_at_ctx, float(np.exp(column("nll").mean())), float(np.exp(column("nll_base").mean())),
-        float(kld.mean()), float(np.median(kld)), float(np.quantile(kld, 0.99)), float(column("tvd").mean()),
-        float(column("same_top").mean()), len(kld),
+        kv, bits.own, bits.at_ctx, bits.at_8192, bits.at_32768,
+        float(np.exp(scored.nll.mean())), float(np.exp(scored.nll_base.mean())),
+        float(scored.kld.mean()), sem, float(np.median(scored.kld)), float(np.quantile(scored.kld, 0.99)),
+        float(scored.tvd.mean()), float(scored.same_top.mean()), len(scored.kld), quarters,
     )  # fmt: skip
 
 
@@ -153,10 +192,9 @@ def window_tokens(loaded: Model, text: str, ctx: int, chunks: int) -> list[list[
     return windows
 
 
-def window_logits(context: Context, window: list[int], advance: Callable[[int], None]) -> np.ndarray:
-    """f32 (ctx - 1 - ctx//2, n_vocab): logits that predict the second half of the window."""
+def window_logits(context: Context, window: list[int], first: int, advance: Callable[[int], None]) -> np.ndarray:
+    """f32 (ctx - 1 - first, n_vocab): logits that predict the tokens after position `first` of the window."""
     context.clear()
-    first = len(window) // 2
     out = np.empty((len(window) - 1 - first, context.model.n_vocab), np.float32)
     row = 0
     for logits in context.logits(window, first, advance):
@@ -166,40 +204,189 @@ def window_logits(context: Context, window: list[int], advance: Callable[[int], 
     return out
 
 
-def quality(args: argparse.Namespace) -> list[QualityRow]:
-    """Per type: logits of every window against those of the f16 cache of the same build."""
-    kvs = parse_list(args.kv)
-    ctx, chunks = args.ctx, args.chunks
+def compare_window(
+    base: np.ndarray, context: Context, window: list[int], first: int, advance: Callable[[int], None]
+) -> Compared:
+    """Run a window and compare it with the base's `window_logits` of the same `first`, batch by batch."""
+    context.clear()
+    targets = np.array(window[first + 1 :])
+    parts, row = [], 0
+    for logits in context.logits(window, first, advance):
+        rows = slice(row, min(row + len(logits), len(base)))
+        row = rows.stop
+        if rows.stop > rows.start:
+            parts.append(compare(base[rows], logits[: rows.stop - rows.start], targets[rows]))
+    return join(parts)
+
+
+@dataclass(frozen=True)
+class QualityKv:
+    """One entry of the list of `bench quality`."""
+
+    kv: KvSpec
+    windowed: bool = False
+    """a type of llama.cpp inside the seqkv cache, with its exact window"""
+
+    @staticmethod
+    def parse(text: str) -> QualityKv:
+        """A KV spec, or one of llama.cpp's quantized types with +w behind it. Raises UsageError."""
+        spec, plus, suffix = text.strip().partition("+")
+        kv = KvSpec.parse(spec)
+        if plus and (suffix != "w" or kv.ours or not {kv.k, kv.v} & set(QUANTIZED_TYPES)):
+            raise UsageError(f"{text.strip()!r}: +w goes behind a quantized type of llama.cpp, for example q4_0+w")
+        return QualityKv(kv, bool(plus))
+
+    def __str__(self) -> str:
+        return f"{self.kv}+w" if self.windowed else str(self.kv)
+
+
+F16 = QualityKv(KvSpec("f16", "f16"))
+
+
+def parse_quality_list(text: str | None, options: KvOptions) -> list[QualityKv]:
+    """The entries of a list such as "f16,seqkv3,q4_0+w", in order, without repetitions; None is the default list."""
+    if text is None:
+        text = f"{QUALITY_KV},{QUALITY_PEERS}" if options.n_window else QUALITY_KV
+    kvs = list(dict.fromkeys(QualityKv.parse(item) for item in text.split(",")))
+    if any(kv.windowed for kv in kvs) and not options.n_sink + options.n_window:
+        raise UsageError("+w needs an exact window: use a --window above 0")
+    return kvs
+
+
+@contextmanager
+def open_cache(loaded: Model, kv: QualityKv, *, n_ctx: int, options: KvOptions, **settings: Any) -> Iterator[Context]:
+    """A context for the length of a `with` block; settings as for `Model.context`. Raises LibraryError for +w when the
+    libraries give llama.cpp's types no exact window."""
+    if not kv.windowed:
+        with loaded.context(kv.kv, n_ctx=n_ctx, options=options, **settings) as context:
+            yield context
+        return
+    assert loaded.pointer
+    window = options.n_sink, options.n_window
+    llama.configure(loaded.pointer, None, None, *window, any_type=True)
+    try:
+        context = loaded.context(kv.kv, n_ctx=n_ctx, options=options, **settings)
+    finally:  # later contexts of the plain types are llama.cpp's own again
+        llama.configure(loaded.pointer, None, None, *window)
+    with context:
+        plain, windowed = (cache_size(loaded, k, context.n_ctx, options, context.n_batch) for k in (QualityKv(kv.kv), kv))
+        reported = context.kv_bytes()
+        if reported is None or reported < (plain + windowed) / 2:
+            raise LibraryError(
+                f"the llama.cpp libraries in {llama.library().directory} give {kv.kv} no exact window: reinstall "
+                f"seqkv-edge to build them (pip install .), or leave {kv} out of --kv"
+            )
+        yield context
+
+
+def cache_size(loaded: Model, kv: QualityKv, n_ctx: int, options: KvOptions, n_batch: int) -> int:
+    """Computed bytes of a cache of n_ctx tokens, exact window included."""
+    meta = loaded.meta
+    total = fit.kv_bytes(meta, kv.kv, n_ctx, llama.type_bits, options.n_sink, options.n_window, n_batch)
+    if kv.windowed:
+        rows = min(fit.pad_ctx(n_ctx), options.n_sink + options.n_window)
+        total += sum(2 * rows * (layer.k_values + layer.v_values) for layer in meta.layers if not layer.window)
+    return total
+
+
+def measure_bits(context: Context, kv: QualityKv, options: KvOptions) -> Bits:
+    """Bits per value: at the context's length as the library reports, at other lengths computed.
+
+    The part of the report that `cache_size` does not know (tables) does not depend on the length and is carried over.
+    """
+    loaded, n_batch = context.model, context.n_batch
+    computed = cache_size(loaded, kv, context.n_ctx, options, n_batch)
+    reported = context.kv_bytes()
+    tables = 0 if reported is None else reported - computed
+    understood = abs(tables) <= _MOST_TABLES * computed
+    if not understood:
+        print(
+            f"warning: the library reports {reported:,} bytes for {kv} at {context.n_ctx} tokens, computed are {computed:,}: "
+            "no bits per value at other lengths",
+            file=sys.stderr,
+        )
+
+    def bits(n_ctx: int, batch: int) -> float:
+        total = cache_size(loaded, kv, n_ctx, options, batch) + tables
+        return 8 * total / fit.kv_values(loaded.meta, n_ctx, batch)
+
+    return Bits(
+        (llama.type_bits(kv.kv.k) + llama.type_bits(kv.kv.v)) / 2,
+        bits(context.n_ctx, n_batch),
+        bits(8192, n_batch) if understood else None,
+        bits(32768, n_batch) if understood else None,
+    )
+
+
+def score(
+    loaded: Model,
+    text: str,
+    kvs: list[QualityKv],
+    *,
+    ctx: int,
+    chunks: int,
+    options: KvOptions,
+    quarters: bool = False,
+    n_batch: int = 512,
+    threads: int | None = None,
+    force: bool = False,
+) -> list[QualityRow]:
+    """One row per KV type: `chunks` windows of `ctx` tokens of the text, each compared with the f16 cache.
+
+    quarters: the first half of the windows is run for its logits too, for `kld_quarters`. Raises SeqkvError.
+    """
     if ctx < 16 or chunks < 1:
         raise UsageError("--ctx must be at least 16 and --chunks at least 1")
-    text = read_text(args.text)
+    windows = window_tokens(loaded, text, ctx, chunks)
+    if len(windows) < chunks:
+        print(f"warning: the text fills only {len(windows)} windows of {ctx}", file=sys.stderr)
+    first = 0 if quarters else ctx // 2
+    parts: dict[QualityKv, list[Compared]] = {kv: [] for kv in kvs}
+    bits: dict[QualityKv, Bits] = {}
+    settings: dict[str, Any] = {"options": options, "n_batch": n_batch, "threads": threads, "force": force}
+    for kv in kvs:  # what cannot be opened fails, and missing profiles are made, before the long run
+        with open_cache(loaded, kv, n_ctx=256, **settings):
+            pass
+    others = [kv for kv in kvs if kv != F16]
+    with progress_bar("quality, tokens", len(windows) * (len(others) + 1) * ctx) as advance:
+        for window in windows:
+            with open_cache(loaded, F16, n_ctx=ctx, **settings) as context:
+                bits[F16] = measure_bits(context, F16, options)
+                base = window_logits(context, window, first, advance)
+            if F16 in parts:
+                parts[F16].append(compare(base, base, np.array(window[first + 1 :])))
+            for kv in others:
+                with open_cache(loaded, kv, n_ctx=ctx, **settings) as context:
+                    if kv not in bits:
+                        bits[kv] = measure_bits(context, kv, options)
+                    parts[kv].append(compare_window(base, context, window, first, advance))
+    return [summarize(str(kv), bits[kv], parts[kv], ctx) for kv in kvs]
+
+
+def quality(args: argparse.Namespace) -> list[QualityRow]:
+    """The rows of `bench quality`."""
     options = kv_options(args)
-    parts: dict[KvSpec, list[Compared]] = {kv: [] for kv in kvs}
-    at_ctx: dict[KvSpec, float] = {}
+    kvs = parse_quality_list(args.kv, options)
+    text = read_text(args.text)
     with open_model(model.resolve(args.model), ngl=args.ngl) as loaded:
-        windows = window_tokens(loaded, text, ctx, chunks)
-        if len(windows) < chunks:
-            print(f"warning: the text fills only {len(windows)} windows of {ctx}", file=sys.stderr)
+        return score(
+            loaded, text, kvs, ctx=args.ctx, chunks=args.chunks, options=options, quarters=args.quarters,
+            n_batch=args.batch, threads=args.threads, force=args.force,
+        )  # fmt: skip
 
-        def run(kv: KvSpec, window: list[int], advance: Callable[[int], None]) -> np.ndarray:
-            settings = {"n_ctx": ctx, "n_batch": args.batch, "threads": args.threads, "force": args.force}
-            with loaded.context(kv, options=options, **settings) as context:
-                at_ctx[kv] = 8 * cache_bytes(context, options) / fit.kv_values(loaded.meta, context.n_ctx, args.batch)
-                return window_logits(context, window, advance)
 
-        if any(kv.ours for kv in kvs):  # makes a missing profile before the progress bar starts
-            with loaded.context(next(kv for kv in kvs if kv.ours), n_ctx=256, options=options):
-                pass
-        with progress_bar("quality, tokens", len(windows) * (len(kvs) + 1) * ctx) as advance:
-            for window in windows:
-                first = len(window) // 2
-                targets = np.array(window[first + 1 :])
-                base = run(KvSpec("f16", "f16"), window, advance)
-                for kv in kvs:
-                    parts[kv].append(compare(base, run(kv, window, advance), targets))
-    return [
-        summarize(str(kv), (llama.type_bits(kv.k) + llama.type_bits(kv.v)) / 2, at_ctx[kv], parts[kv]) for kv in kvs
-    ]
+def print_quality(title: str, rows: list[QualityRow]) -> None:
+    """The main fields as a table of at most 100 columns; the quarters in a second one."""
+    names = {
+        "kv": "KV cache", "bits_per_value": "bits", "bits_per_value_at_ctx": "at ctx", "bits_per_value_8192": "at 8192",
+        "ppl": "PPL", "kld_mean": "KLD mean", "kld_sem": "±", "kld_p99": "99 %", "top1_agreement": "top 1",
+    }  # fmt: skip
+    print_table(title, rows, names)
+    if any(row.kld_quarters for row in rows):
+        print_records(
+            "KLD by quarter of the window",
+            [{"KV cache": row.kv} | {f"{i}": f"{x:.5f}" for i, x in enumerate(row.kld_quarters or [], 1)} for row in rows],
+        )
 
 
 def cache_bytes(context: Context, options: KvOptions) -> int:
@@ -435,7 +622,9 @@ _FORMATS: dict[str, Callable[[Any], str]] = {
     "ppl": lambda v: f"{v:.3f}",
     "ppl_base": lambda v: f"{v:.3f}",
     "bits_per_value": lambda v: f"{v:.3f}",
-    "bits_per_value_at_ctx": lambda v: f"{v:.3f}",
+    "bits_per_value_at_ctx": lambda v: f"{v:.2f}",
+    "bits_per_value_8192": lambda v: f"{v:.2f}",
+    "bits_per_value_32768": lambda v: f"{v:.2f}",
     "kv_bytes_per_token": lambda v: f"{v:.0f}",
     "decode_tps": lambda v: f"{v:.1f}",
     "prefill_tps": lambda v: f"{v:.0f}",
@@ -455,17 +644,23 @@ def format_cell(name: str, value: Any) -> str:
     return f"{value:.5f}" if isinstance(value, float) else str(value)
 
 
-def print_table(title: str, rows: Iterable[Any]) -> None:
-    """A table of dataclass rows on standard output."""
+def print_table(title: str, rows: Iterable[Any], names: dict[str, str] | None = None) -> None:
+    """A table of dataclass rows on standard output; names: the fields to show and their headers (default: all)."""
+    records = [asdict(row) for row in rows]
+    names = names or {name: name.replace("_", " ") for name in records[0]}
+    print_records(title, [{names[n]: format_cell(n, record[n]) for n in names} for record in records])
+
+
+def print_records(title: str, records: list[dict[str, str]]) -> None:
+    """A table of cells on standard output, one column per key; the first column is text, the others numbers."""
     from rich.console import Console
     from rich.table import Table
 
-    records = [asdict(row) for row in rows]
     table = Table(title=title, title_justify="left")
-    for name in records[0]:
-        table.add_column(name.replace("_", " "), justify="left" if name == "kv" else "right")
+    for i, name in enumerate(records[0]):
+        table.add_column(name, justify="right" if i else "left")
     for record in records:
-        table.add_row(*(format_cell(name, value) for name, value in record.items()))
+        table.add_row(*record.values())
     console = Console()
     if not console.is_terminal:
         console = Console(width=200)
@@ -493,7 +688,8 @@ def run(args: argparse.Namespace) -> int:
     measures = {"memory": memory, "quality": quality, "speed": speed}
     rows = measures[args.what](args)
     if args.json != "-":
-        print_table(f"{args.what}: {model.resolve(args.model).name}", rows)
+        show = print_quality if args.what == "quality" else print_table
+        show(f"{args.what}: {model.resolve(args.model).name}", rows)
     if args.json:
         write_json(rows, args.json)
     if args.what == "memory" and args.plot:

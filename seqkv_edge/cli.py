@@ -64,12 +64,11 @@ def _calibrate(parser: argparse.ArgumentParser) -> None:
     _add_model(parser)
     parser.add_argument("--text", metavar="FILE", help="text to run the model on (default: Python's documentation)")
     parser.add_argument("--tokens", type=int, default=DEFAULT_TOKENS, metavar="N", help=f"default {DEFAULT_TOKENS}")
-    parser.add_argument("--sink", type=int, default=4, metavar="N", help="first tokens left out (default 4)")
     parser.add_argument("-o", dest="output", metavar="PROFILE", help="default: FILE.seqkv.gguf next to the model")
 
 
 def _bench(parser: argparse.ArgumentParser) -> None:
-    from .bench import DEFAULT_KV
+    from .bench import DEFAULT_KV, QUALITY_KV, QUALITY_PEERS
 
     kinds = parser.add_subparsers(dest="what", required=True, metavar="memory|quality|speed", parser_class=_Parser)
     for name, text in (
@@ -79,7 +78,12 @@ def _bench(parser: argparse.ArgumentParser) -> None:
     ):
         kind = kinds.add_parser(name, help=text, description=text)
         _add_model(kind)
-        kind.add_argument("--kv", default=DEFAULT_KV, metavar="LIST", help=f"comma-separated (default {DEFAULT_KV})")
+        if name == "quality":
+            text = f"comma-separated; TYPE+w: llama.cpp's type with our exact window (default {QUALITY_KV},{QUALITY_PEERS})"
+            kind.add_argument("--kv", metavar="LIST", help=text)
+        else:
+            text = f"comma-separated (default {DEFAULT_KV})"
+            kind.add_argument("--kv", default=DEFAULT_KV, metavar="LIST", help=text)
         kind.add_argument("--batch", type=int, default=512, metavar="N", help="tokens per evaluation (default 512)")
         kind.add_argument("--json", metavar="FILE", help="write the rows to FILE (-: standard output, no table)")
         kind.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
@@ -92,6 +96,7 @@ def _bench(parser: argparse.ArgumentParser) -> None:
             kind.add_argument("--text", required=True, metavar="FILE", help="text to score")
             kind.add_argument("--ctx", type=int, default=2048, metavar="N", help="window in tokens (default 2048)")
             kind.add_argument("--chunks", type=int, default=4, metavar="N", help="windows (default 4)")
+            kind.add_argument("--quarters", action="store_true", help="also the mean KLD in each quarter of the window")
         else:
             kind.add_argument("--depth", default="0,4096", metavar="LIST", help="tokens in the cache (default 0,4096)")
             kind.add_argument("--runs", type=int, default=3, metavar="N", help="repetitions (default 3)")
@@ -112,7 +117,7 @@ def _info(parser: argparse.ArgumentParser) -> None:
 
 _COMMANDS = {
     "chat": (_chat, "chat with a model in the terminal, or answer one prompt"),
-    "calibrate": (_calibrate, "make the profile of a model (means of keys and values)"),
+    "calibrate": (_calibrate, "make the profile of a model: what its keys and values look like"),
     "bench": (_bench, "measure memory, quality, speed"),
     "fit": (_fit, "largest context that fits in memory, per KV type"),
     "info": (_info, "versions, libraries, devices, types"),

@@ -1,7 +1,8 @@
 """The codec of the seqkv types on NumPy arrays: the scalar C of native/, through cffi.
 
-It is the oracle of every faster kernel, and what tests and offline tools use. Bits is 2, 3 or 4 throughout;
-head_dim is 64, 128 or 256. See native/seqkv.h for the notation and native/format.md for the bytes.
+It is the oracle of every faster kernel, and what tests and offline tools use. Bits is 1, 2, 3 or 4 throughout, graded
+selects the plan of the blocks, and head_dim is 64, 128 or 256; other values raise SeqkvError. See native/seqkv.h for
+the notation and native/format.md for the bytes.
 """
 
 from __future__ import annotations
@@ -33,49 +34,48 @@ def _ptr(x: NDArray | None, ctype: str):
     return ffi.NULL if x is None else ffi.cast(ctype, x.ctypes.data)
 
 
-def block_bytes(bits: int) -> int:
+def block_bytes(bits: int, *, graded: bool = False) -> int:
     """Bytes of a block of 64 values."""
-    return bound(bits, BLOCK)
+    return bound(bits, BLOCK, graded=graded)
 
 
-def bound(bits: int, n: int) -> int:
+def bound(bits: int, n: int, *, graded: bool = False) -> int:
     """Bytes of n values, n a positive multiple of 64."""
-    return _status(lib.seqkv_bound(bits, n))
+    return _status(lib.seqkv_bound(bits, graded, n))
 
 
-def quantize(bits: int, x: ArrayLike) -> Bytes:
-    """Blocks of x (..., n): (..., bytes) uint8. Non-finite values count as 0."""
+def _n_values(bits: int, n_bytes: int, graded: bool) -> int:
+    size = block_bytes(bits, graded=graded)
+    if n_bytes == 0 or n_bytes % size:
+        raise SeqkvError(f"codec: {n_bytes} bytes are not whole blocks of {size}")
+    return n_bytes // size * BLOCK
+
+
+def quantize(bits: int, x: ArrayLike, *, graded: bool = False) -> Bytes:
+    """Blocks of x (..., n), n a multiple of 64: (..., bytes) uint8. Non-finite values count as 0."""
     x = _floats(x)
-    rows = x.reshape(-1, x.shape[-1])
-    out = np.empty((len(rows), bound(bits, x.shape[-1])), dtype=np.uint8)
-    for row, dst in zip(rows, out):
-        _status(lib.seqkv_quantize(bits, _ptr(row, "float *"), row.size, _ptr(dst, "void *"), dst.size))
-    return out.reshape(*x.shape[:-1], -1)
+    out = np.empty((*x.shape[:-1], bound(bits, x.shape[-1], graded=graded)), dtype=np.uint8)
+    if out.size:
+        _status(lib.seqkv_quantize(bits, graded, _ptr(x, "float *"), x.size, _ptr(out, "void *"), out.size))
+    return out
 
 
-def dequantize(bits: int, blocks: ArrayLike) -> Floats:
+def dequantize(bits: int, blocks: ArrayLike, *, graded: bool = False) -> Floats:
     """Values of blocks (..., bytes): (..., n) float32. Any bytes are valid blocks."""
     blocks = np.ascontiguousarray(blocks, dtype=np.uint8)
-    n = blocks.shape[-1] // block_bytes(bits) * BLOCK
-    rows = blocks.reshape(-1, blocks.shape[-1])
-    if n == 0 or bound(bits, n) != blocks.shape[-1]:
-        raise SeqkvError(f"codec: {blocks.shape[-1]} bytes are not whole blocks of {block_bytes(bits)}")
-    out = np.empty((len(rows), n), dtype=np.float32)
-    for row, dst in zip(rows, out):
-        _status(lib.seqkv_dequantize(bits, _ptr(row, "void *"), row.size, _ptr(dst, "float *"), n))
-    return out.reshape(*blocks.shape[:-1], n)
+    out = np.empty((*blocks.shape[:-1], _n_values(bits, blocks.shape[-1], graded)), dtype=np.float32)
+    if out.size:
+        _status(lib.seqkv_dequantize(bits, graded, _ptr(blocks, "void *"), blocks.size, _ptr(out, "float *"), out.size))
+    return out
 
 
-def unpack(bits: int, blocks: ArrayLike) -> tuple[Bytes, Bytes]:
-    """Codes (n,) 0..2**bits-1 and gain bytes (n/64,) of blocks (bytes,)."""
+def unpack(bits: int, blocks: ArrayLike, *, graded: bool = False) -> tuple[Bytes, Bytes]:
+    """Codes (n,) uint8 and gains as stored (n/64, 3) uint8 of blocks (bytes,). Bit 0 of a code is the trellis path."""
     blocks = np.ascontiguousarray(blocks, dtype=np.uint8)
-    n = blocks.size // block_bytes(bits) * BLOCK
-    codes, gains = np.empty(n, dtype=np.uint8), np.empty(n // BLOCK, dtype=np.uint8)
-    _status(
-        lib.seqkv_unpack(
-            bits, _ptr(blocks, "void *"), blocks.size, _ptr(codes, "uint8_t *"), _ptr(gains, "uint8_t *"), n
-        )
-    )
+    n = _n_values(bits, blocks.size, graded)
+    codes, gains = np.empty(n, dtype=np.uint8), np.empty((n // BLOCK, 3), dtype=np.uint8)
+    pointers = (_ptr(blocks, "void *"), blocks.size, _ptr(codes, "uint8_t *"), _ptr(gains, "uint8_t *"))
+    _status(lib.seqkv_unpack(bits, graded, *pointers, n))
     return codes, gains
 
 
@@ -103,52 +103,61 @@ def rotate(x: ArrayLike, cs: ArrayLike, *, neox: bool, inverse: bool = False) ->
     return x
 
 
-def _head(x: Floats, mean: Floats | None) -> int:
-    if x.shape not in ((64,), (128,), (256,)) or (mean is not None and mean.shape != x.shape):
-        raise SeqkvError(f"codec: a head vector has 64, 128 or 256 values and a mean of the same length, not {x.shape}")
+def _head_dim(x: Floats, matrix: Floats | None, *vectors: Floats | None) -> int:
+    """head_dim of a head vector x (head_dim,), with a (head_dim, head_dim) matrix and vectors of its length."""
+    if x.shape not in ((64,), (128,), (256,)):
+        raise SeqkvError(f"codec: a head vector has 64, 128 or 256 values, not {x.shape}")
+    if matrix is not None and matrix.shape != (x.size, x.size):
+        raise SeqkvError(f"codec: the transform of a head of {x.size} is {matrix.shape}, not square of its size")
+    if any(v is not None and v.shape != x.shape for v in vectors):
+        raise SeqkvError(f"codec: constants of a head of {x.size} have its length, not {[v.shape for v in vectors if v is not None]}")
     return x.size
 
 
-def encode_key(bits: int, k_frame: ArrayLike, mean: ArrayLike | None, cs_off: ArrayLike, *, neox: bool) -> Bytes:
-    """Blocks of one key head vector in the frame of its origin; cs_off = rotation(freq, offset)."""
-    k, cs, mu = _floats(k_frame), _floats(cs_off), None if mean is None else _floats(mean)
-    out = np.empty(bound(bits, _head(k, mu)), dtype=np.uint8)
-    lib.seqkv_encode_key(
-        bits, _ptr(k, "float *"), k.size, _ptr(mu, "float *"), _ptr(cs, "float *"), cs.size, neox, _ptr(out, "void *")
-    )
+def _optional(x: ArrayLike | None) -> Floats | None:
+    return None if x is None else _floats(x)
+
+
+def encode_key(
+    bits: int, k_frame: ArrayLike, enc: ArrayLike | None = None, pred: ArrayLike | None = None, *, graded: bool = False
+) -> Bytes:
+    """Blocks of one key head vector (head_dim,) in the frame of its origin.
+
+    enc: E (head_dim, head_dim), None: the Hadamard transform. pred: E R(offset) mean (head_dim,), None: 0.
+    """
+    k, e, p = _floats(k_frame), _optional(enc), _optional(pred)
+    n = _head_dim(k, e, p)
+    out = np.empty(bound(bits, n, graded=graded), dtype=np.uint8)
+    lib.seqkv_encode_key(bits, graded, _ptr(k, "float *"), n, _ptr(e, "float *"), _ptr(p, "float *"), _ptr(out, "void *"))
     return out
 
 
-def decode_key(bits: int, blocks: ArrayLike, mean: ArrayLike | None, cs_off: ArrayLike, *, neox: bool) -> Floats:
-    """k_frame (head_dim,) of its blocks."""
-    b, cs, mu = np.ascontiguousarray(blocks, dtype=np.uint8), _floats(cs_off), None if mean is None else _floats(mean)
-    out = np.empty(b.size // block_bytes(bits) * BLOCK, dtype=np.float32)
-    lib.seqkv_decode_key(
-        bits,
-        _ptr(b, "void *"),
-        _head(out, mu),
-        _ptr(mu, "float *"),
-        _ptr(cs, "float *"),
-        cs.size,
-        neox,
-        _ptr(out, "float *"),
-    )
+def decode_key(
+    bits: int, blocks: ArrayLike, dec: ArrayLike | None = None, pred: ArrayLike | None = None, *, graded: bool = False
+) -> Floats:
+    """k_frame (head_dim,) of its blocks. dec: D, the inverse of enc."""
+    b, d, p = np.ascontiguousarray(blocks, dtype=np.uint8), _optional(dec), _optional(pred)
+    out = np.empty(_n_values(bits, b.size, graded), dtype=np.float32)
+    n = _head_dim(out, d, p)
+    lib.seqkv_decode_key(bits, graded, _ptr(b, "void *"), n, _ptr(d, "float *"), _ptr(p, "float *"), _ptr(out, "float *"))
     return out
 
 
-def encode_value(bits: int, v: ArrayLike, mean: ArrayLike | None) -> Bytes:
-    """Blocks of one value head vector."""
-    x, mu = _floats(v), None if mean is None else _floats(mean)
-    out = np.empty(bound(bits, _head(x, mu)), dtype=np.uint8)
-    lib.seqkv_encode_value(bits, _ptr(x, "float *"), x.size, _ptr(mu, "float *"), _ptr(out, "void *"))
+def encode_value(bits: int, v: ArrayLike, mean: ArrayLike | None = None, scale: ArrayLike | None = None) -> Bytes:
+    """Blocks of one value head vector (head_dim,). mean, scale (head_dim,); None: 0 and 1."""
+    x, m, s = _floats(v), _optional(mean), _optional(scale)
+    n = _head_dim(x, None, m, s)
+    out = np.empty(bound(bits, n), dtype=np.uint8)
+    lib.seqkv_encode_value(bits, _ptr(x, "float *"), n, _ptr(m, "float *"), _ptr(s, "float *"), _ptr(out, "void *"))
     return out
 
 
-def decode_value(bits: int, blocks: ArrayLike, mean: ArrayLike | None) -> Floats:
+def decode_value(bits: int, blocks: ArrayLike, mean: ArrayLike | None = None, scale: ArrayLike | None = None) -> Floats:
     """v (head_dim,) of its blocks."""
-    b, mu = np.ascontiguousarray(blocks, dtype=np.uint8), None if mean is None else _floats(mean)
-    out = np.empty(b.size // block_bytes(bits) * BLOCK, dtype=np.float32)
-    lib.seqkv_decode_value(bits, _ptr(b, "void *"), _head(out, mu), _ptr(mu, "float *"), _ptr(out, "float *"))
+    b, m, s = np.ascontiguousarray(blocks, dtype=np.uint8), _optional(mean), _optional(scale)
+    out = np.empty(_n_values(bits, b.size, False), dtype=np.float32)
+    n = _head_dim(out, None, m, s)
+    lib.seqkv_decode_value(bits, _ptr(b, "void *"), n, _ptr(m, "float *"), _ptr(s, "float *"), _ptr(out, "float *"))
     return out
 
 

@@ -7,12 +7,13 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 from .errors import UsageError
-from .gguf_meta import ModelMeta
+from .gguf_meta import LayerKv, ModelMeta
 from .llama import OUR_TYPES, KvSpec
 
 BitsOf = Callable[[str], float]
 """bits per value of a type name"""
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+_BLOCK = 64  # values of a block of the seqkv types, and positions of a frame
 CTX_STEP = 256
 """llama.cpp rounds contexts up to this"""
 DEFAULT_KV = "f16,q8_0,q4_0,seqkv4,seqkv3,seqkv2"
@@ -75,25 +76,44 @@ def pad_ctx(n_ctx: int) -> int:
 
 
 def kv_bytes(
-    meta: ModelMeta, kv: KvSpec, n_ctx: int, bits: BitsOf, n_sink: int = 4, n_window: int = 64, n_ubatch: int = 512
+    meta: ModelMeta,
+    kv: KvSpec,
+    n_ctx: int,
+    bits: BitsOf,
+    n_sink: int = 4,
+    n_window: int = 64,
+    n_ubatch: int = 512,
+    profile: bool = False,
 ) -> int:
     """Bytes of the KV cache for one sequence of n_ctx tokens.
 
     Sliding-window layers hold window + n_ubatch tokens (llama.cpp's size), in f16 for the seqkv types. The exact window
-    of the seqkv types holds n_sink + n_window tokens of both K and V in f16 per layer; the means are two f32 vectors.
+    of the seqkv types holds n_sink + n_window tokens of both K and V in f16 per layer. With a profile, key blocks of the
+    seqkv types are a byte larger, every layer has tables, and its bits are taken for the nominal ones.
     """
     cells = pad_ctx(n_ctx)
     total = 0.0
-    for layer in meta.layers:
+    for layer, n_head_kv in zip(meta.layers, meta.heads_kv):
         n = min(cells, pad_ctx(layer.window + n_ubatch)) if layer.window else cells
-        for name, values in ((kv.k, layer.k_values), (kv.v, layer.v_values)):
+        for name, values, header in ((kv.k, layer.k_values, profile), (kv.v, layer.v_values, False)):
             if name not in OUR_TYPES:
                 total += n * values * bits(name) / 8
+            elif layer.window:
+                total += n * values * 2
             else:
-                total += n * values * (2 if layer.window else bits(name) / 8)
+                total += n * values * bits(name) / 8 + (n * values / _BLOCK if header else 0)
         if kv.ours and not layer.window:
-            total += (layer.k_values + layer.v_values) * (2 * min(cells, n_sink + n_window) + 4)
+            total += (layer.k_values + layer.v_values) * 2 * min(cells, n_sink + n_window)
+            total += profile_bytes(layer, n_head_kv) if profile else 0
     return int(total)
+
+
+def profile_bytes(layer: LayerKv, n_head_kv: int) -> int:
+    """Bytes of a profile's tables of one layer: f16, per KV head two matrices (dk, dk), 64 predictions, mean and scale of V."""
+    if not layer.k_values:
+        return 0
+    dk = layer.k_values // n_head_kv
+    return 2 * (layer.k_values * (2 * dk + _BLOCK) + 2 * layer.v_values)
 
 
 def kv_values(meta: ModelMeta, n_ctx: int, n_ubatch: int = 512) -> int:
@@ -113,24 +133,38 @@ def compute_bytes(meta: ModelMeta, n_ctx: int, n_ubatch: int = 512) -> int:
 
 
 def need(
-    meta: ModelMeta, kv: KvSpec, n_ctx: int, bits: BitsOf, n_sink: int = 4, n_window: int = 64, n_ubatch: int = 512
+    meta: ModelMeta,
+    kv: KvSpec,
+    n_ctx: int,
+    bits: BitsOf,
+    n_sink: int = 4,
+    n_window: int = 64,
+    n_ubatch: int = 512,
+    profile: bool = False,
 ) -> Need:
     """Estimated bytes of a model with one context."""
     return Need(
         meta.weight_bytes,
-        kv_bytes(meta, kv, n_ctx, bits, n_sink, n_window, n_ubatch),
+        kv_bytes(meta, kv, n_ctx, bits, n_sink, n_window, n_ubatch, profile),
         compute_bytes(meta, n_ctx, n_ubatch),
     )
 
 
 def largest_ctx(
-    meta: ModelMeta, kv: KvSpec, memory: int, bits: BitsOf, n_sink: int = 4, n_window: int = 64, n_ubatch: int = 512
+    meta: ModelMeta,
+    kv: KvSpec,
+    memory: int,
+    bits: BitsOf,
+    n_sink: int = 4,
+    n_window: int = 64,
+    n_ubatch: int = 512,
+    profile: bool = False,
 ) -> int:
     """Largest context (multiple of 256, at most 2^30) whose need is at most `memory` bytes; 0 if none."""
     low, high = 0, (1 << 30) // CTX_STEP
     while low < high:
         middle = (low + high + 1) // 2
-        if need(meta, kv, middle * CTX_STEP, bits, n_sink, n_window, n_ubatch).total <= memory:
+        if need(meta, kv, middle * CTX_STEP, bits, n_sink, n_window, n_ubatch, profile).total <= memory:
             low = middle
         else:
             high = middle - 1
@@ -138,14 +172,20 @@ def largest_ctx(
 
 
 def fit(
-    meta: ModelMeta, kvs: list[KvSpec], memory: int, bits: BitsOf, n_sink: int = 4, n_window: int = 64
+    meta: ModelMeta,
+    kvs: list[KvSpec],
+    memory: int,
+    bits: BitsOf,
+    n_sink: int = 4,
+    n_window: int = 64,
+    profile: bool = True,
 ) -> list[FitRow]:
-    """One row per KV type."""
+    """One row per KV type; the seqkv types with a profile, as contexts have by default."""
     rows = []
     for kv in kvs:
-        by_memory = largest_ctx(meta, kv, memory, bits, n_sink, n_window)
+        by_memory = largest_ctx(meta, kv, memory, bits, n_sink, n_window, profile=profile)
         ctx = min(by_memory, meta.n_ctx_train)
-        amount = need(meta, kv, ctx, bits, n_sink, n_window)
+        amount = need(meta, kv, ctx, bits, n_sink, n_window, profile=profile)
         values = kv_values(meta, ctx)
         own = (bits(kv.k) + bits(kv.v)) / 2
         rows.append(

@@ -68,8 +68,31 @@ class SeqkvParams(ctypes.Structure):
         ("model_id", ctypes.c_char_p),
         ("n_sink", ctypes.c_int32),
         ("n_window", ctypes.c_int32),
+        ("any_type", ctypes.c_bool),
     ]
 
+
+class SeqkvRows(ctypes.Structure):
+    """struct llama_seqkv_rows"""
+
+    _fields_ = [
+        ("il", ctypes.c_int32),
+        ("n_tokens", ctypes.c_int32),
+        ("n_head", ctypes.c_int32),
+        ("n_head_kv", ctypes.c_int32),
+        ("dk", ctypes.c_int32),
+        ("dv", ctypes.c_int32),
+        ("q", ctypes.POINTER(ctypes.c_float)),
+        ("k", ctypes.POINTER(ctypes.c_float)),
+        ("v", ctypes.POINTER(ctypes.c_float)),
+        ("x2", ctypes.POINTER(ctypes.c_float)),
+        ("scale", ctypes.c_float),
+        ("softcap", ctypes.c_float),
+    ]
+
+
+RowsFunction = ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.c_void_p, ctypes.POINTER(SeqkvRows))
+"""llama_seqkv_rows_t; an exception in it is lost, so it must catch everything"""
 
 _P = ctypes.c_void_p
 _FLOATS = ctypes.POINTER(ctypes.c_float)
@@ -85,11 +108,11 @@ _PROTOTYPES: dict[str, tuple[list[Any], Any]] = {
     "llama_seqkv_kv_bytes_used": ([_P], ctypes.c_size_t),
     "llama_seqkv_compute_bytes": ([_P], ctypes.c_size_t),
     "llama_seqkv_rope": ([_P, ctypes.c_int32, _FLOATS, ctypes.c_int32, _INTS], ctypes.c_int32),
-    "llama_seqkv_collector_init": ([_P, ctypes.c_int32], _P),
+    "llama_seqkv_collector_init": ([_P, RowsFunction, _P], _P),
     "llama_seqkv_collector_free": ([_P], None),
-    "llama_seqkv_collector_bind": ([_P, _P], ctypes.c_int32),
+    "llama_seqkv_collector_n_layer": ([_P], ctypes.c_int32),
     "llama_seqkv_collect": ([_P, ctypes.c_bool, _P], ctypes.c_bool),
-    "llama_seqkv_collector_layer": ([_P, ctypes.c_int32, _FLOATS, _FLOATS, _INTS, _INTS], ctypes.c_int64),
+    "llama_seqkv_collector_finish": ([_P, ctypes.c_char_p, ctypes.c_size_t], ctypes.c_int32),
 }
 
 
@@ -234,13 +257,19 @@ def check(model: int, type_k: int, type_v: int) -> None:
         raise ModelError(_text(err, "this model cannot use the seqkv types"))
 
 
-def configure(model: int, profile: Path | None, model_id: str | None, n_sink: int, n_window: int) -> None:
-    """Set what contexts created later on `model` use. Raises ProfileError with the reason."""
+def configure(
+    model: int, profile: Path | None, model_id: str | None, n_sink: int, n_window: int, any_type: bool = False
+) -> None:
+    """Set what contexts created later on `model` use. Raises ProfileError with the reason.
+
+    any_type: contexts of llama.cpp's quantized types use the seqkv cache and its exact window too.
+    """
     params = SeqkvParams(
         None if profile is None else str(profile).encode(),
         None if model_id is None else model_id.encode(),
         n_sink,
         n_window,
+        any_type,
     )
     err = ctypes.create_string_buffer(512)
     if _patched().handle.llama_seqkv_configure(model, ctypes.byref(params), err, len(err)) < 0:

@@ -60,6 +60,7 @@ class SeqkvParams(ctypes.Structure):
         ("model_id", ctypes.c_char_p),
         ("n_sink", ctypes.c_int32),
         ("n_window", ctypes.c_int32),
+        ("any_type", ctypes.c_bool),
     ]
 
 
@@ -82,19 +83,8 @@ if PATCHED:
     seqkv_type_bits = _function("llama_seqkv_type_bits", ctypes.c_double, _I32)
     seqkv_kv_bytes = _function("llama_seqkv_kv_bytes", _SZ, _P)
     seqkv_kv_bytes_used = _function("llama_seqkv_kv_bytes_used", _SZ, _P)
-    seqkv_collector_init = _function("llama_seqkv_collector_init", _P, _P, _I32)
-    seqkv_collector_free = _function("llama_seqkv_collector_free", None, _P)
-    seqkv_collector_bind = _function("llama_seqkv_collector_bind", _I32, _P, _P)
-    seqkv_collector_layer = _function(
-        "llama_seqkv_collector_layer",
-        ctypes.c_int64,
-        _P,
-        _I32,
-        ctypes.POINTER(ctypes.c_float),
-        ctypes.POINTER(ctypes.c_float),
-        ctypes.POINTER(_I32),
-        ctypes.POINTER(_I32),
-    )
+    seqkv_profile_bytes = _function("llama_seqkv_profile_bytes", _SZ, _P)
+    seqkv_bits = _function("llama_seqkv_bits", ctypes.c_double, _P)
 
 
 def type_id(name: str) -> int:
@@ -150,7 +140,12 @@ class Model:
             self.ptr = None
 
     def configure(
-        self, n_window: int | None = None, n_sink: int | None = None, profile: Path | None = None, model_id: str | None = None
+        self,
+        n_window: int | None = None,
+        n_sink: int | None = None,
+        profile: Path | None = None,
+        model_id: str | None = None,
+        any_type: bool = False,
     ) -> tuple[int, str]:
         """Settings of contexts made later; what is not given gets its default. Status and error text."""
         params = seqkv_default_params()
@@ -160,6 +155,7 @@ class Model:
             params.n_sink = n_sink
         params.profile = str(profile).encode() if profile else None
         params.model_id = model_id.encode() if model_id else None
+        params.any_type = any_type
         err = ctypes.create_string_buffer(512)
         status = seqkv_configure(self.ptr, ctypes.byref(params), err, len(err))
         return status, err.value.decode()
@@ -324,6 +320,13 @@ class Context:
     def kv_bytes_used(self) -> int:
         return seqkv_kv_bytes_used(self.ptr)
 
+    def profile_bytes(self) -> int:
+        return seqkv_profile_bytes(self.ptr)
+
+    def bits(self) -> float:
+        """Bits per value of the blocks of K and V; 0 without a seqkv cache."""
+        return seqkv_bits(self.ptr)
+
 
 class NoContext(RuntimeError):
     """llama_init_from_model returned NULL; the last log line."""
@@ -364,6 +367,51 @@ class Models:
         for model in self._models.values():
             model.close()
         self._models.clear()
+
+
+@dataclass(frozen=True)
+class LayerProfile:
+    """What a profile says of one layer. Shapes with H KV heads of dk and dv values; E[h] as in z = E k."""
+
+    k_mean: np.ndarray  # f32 (H, dk)
+    k_encode: np.ndarray  # f16 (H, dk, dk)
+    v_mean: np.ndarray  # f32 (H, dv)
+    v_scale: np.ndarray  # f32 (H, dv)
+
+
+def random_layer(spec: tiny.TinySpec, seed: int, mean: float = 1.0) -> LayerProfile:
+    """Means of that size, and transforms that are rotations with rows scaled by 0.6 to 1.6."""
+    rng = np.random.default_rng(seed)
+    h, d = spec.n_head_kv, spec.head_dim
+    rotations = np.stack([np.linalg.qr(rng.standard_normal((d, d)))[0] for _ in range(h)])
+    scales = np.exp(rng.uniform(-0.5, 0.5, (2, h, d)))
+    means = (mean * rng.standard_normal((2, h, d))).astype(np.float32)
+    return LayerProfile(means[0], (scales[0][..., None] * rotations).astype(np.float16), means[1], scales[1].astype(np.float32))
+
+
+def write_profile(
+    path: Path,
+    layers: dict[int, LayerProfile],
+    bits: dict[str, Sequence[int]] | None = None,
+    model_id: str = "ab" * 16,
+    version: int = 2,
+) -> Path:
+    """A profile file. bits: arrays by name, such as "seqkv3.k_bits": one entry per layer of the model, bytes or int32."""
+    import gguf
+
+    out = gguf.GGUFWriter(str(path), "seqkv-profile")
+    out.add_uint32("seqkv.profile.version", version)
+    out.add_string("seqkv.profile.model_id", model_id)
+    for name, values in (bits or {}).items():
+        out.add_array(f"seqkv.profile.{name}", values)
+    for il, layer in layers.items():
+        for part in ("k_mean", "k_encode", "v_mean", "v_scale"):
+            out.add_tensor(f"blk.{il}.{part}", getattr(layer, part))
+    out.write_header_to_file()
+    out.write_kv_data_to_file()
+    out.write_tensors_to_file()
+    out.close()
+    return path
 
 
 def text(n: int, seed: int = 0) -> list[int]:

@@ -37,4 +37,4 @@ def test_cpu_against_oracle(binary: Path, op: str) -> None:
     assert counts, done.stdout[-2000:] + done.stderr[-2000:]
     passed, total = map(int, counts.groups())
     assert done.returncode == 0 and passed == total, "\n".join(x for x in done.stdout.splitlines() if "FAIL" in x)
-    assert total >= {"SEQKV_FRAME": 6, "SEQKV_STORE": 27, "SEQKV_ATTN": 140}[op] and "not supported" not in done.stdout
+    assert total >= {"SEQKV_FRAME": 6, "SEQKV_STORE": 72, "SEQKV_ATTN": 339}[op] and "not supported" not in done.stdout

@@ -42,16 +42,26 @@ def test_exact_window_is_counted(make_gguf):
     meta = read_model(make_gguf())
     blocks = 1024 * 4 * 256 * 3.125 / 8
     window = (4 + 64) * 4 * 256 * 2
-    means = 4 * 256 * 4
-    assert fit.kv_bytes(meta, spec("seqkv3"), 1024, BITS) == blocks + window + means
-    assert fit.kv_bytes(meta, spec("seqkv3"), 1024, BITS, n_sink=0, n_window=0) == blocks + means
+    assert fit.kv_bytes(meta, spec("seqkv3"), 1024, BITS) == blocks + window
+    assert fit.kv_bytes(meta, spec("seqkv3"), 1024, BITS, n_sink=0, n_window=0) == blocks
+
+
+def test_profile_is_counted(make_gguf):
+    """2 KV heads of 64: keys in blocks of 26 bytes, values of 25, and the tables of 4 layers."""
+    meta = read_model(make_gguf())
+    blocks = 1024 * 4 * 2 * (26 + 25)
+    tables = 4 * 2 * (2 * 64 * 64 + 64 * 64 + 2 * 64) * 2
+    assert fit.kv_bytes(meta, spec("seqkv3"), 1024, BITS, 0, 0, profile=True) == blocks + tables
+    assert fit.kv_bytes(meta, spec("f16:seqkv3"), 1024, BITS, 0, 0, profile=True) == 1024 * 4 * 2 * (128 + 25) + tables
+    for kv in ("f16", "q8_0"):
+        assert fit.kv_bytes(meta, spec(kv), 1024, BITS, profile=True) == fit.kv_bytes(meta, spec(kv), 1024, BITS)
 
 
 def test_sliding_window_layers_stay_small_and_f16(make_gguf):
     meta = read_model(make_gguf(arch="gemma2", attention__sliding_window=512))
     swa, full = 2 * (512 + 512) * 256 * 2, 2 * 32768 * 256
     assert fit.kv_bytes(meta, spec("f16"), 32768, BITS) == swa + full * 2
-    assert fit.kv_bytes(meta, spec("seqkv2"), 32768, BITS, 0, 0) == swa + full * 2.125 / 8 + 2 * 256 * 4
+    assert fit.kv_bytes(meta, spec("seqkv2"), 32768, BITS, 0, 0) == swa + full * 2.125 / 8
 
 
 def test_rows(make_gguf):
@@ -65,7 +75,7 @@ def test_rows(make_gguf):
         assert row.ctx <= row.ctx_trained == 4096
         assert row.beyond_trained == (row.ctx_memory > 4096)
         assert row.total_bytes == row.weights_bytes + row.kv_bytes + row.compute_bytes <= 64 << 20
-        need = fit.need(meta, spec(row.kv), row.ctx_memory + 256, BITS)
+        need = fit.need(meta, spec(row.kv), row.ctx_memory + 256, BITS, profile=True)
         assert need.total > 64 << 20
 
 

@@ -4,7 +4,8 @@
     python tools/report.py            # rewrite the tables
     python tools/report.py --check    # exit 1 if a table is not what its JSON gives
 
-A table stands between the lines  <!-- table NAME -->  and  <!-- end -->; NAME is quality, speed or memory.
+A table stands between the lines  <!-- table NAME -->  and  <!-- end -->; NAME is quality, speed, memory, or one of the commands of
+tools/quality_checks.py.
 """
 from __future__ import annotations
 
@@ -23,18 +24,21 @@ def table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
 
 
+def bits(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
 def quality() -> str:
-    rows = json.loads((ROOT / "docs/quality.json").read_text())
-    base = rows[0]["ppl_base"]
-    body = [["f16", "16", "16", f"{base:.3f}", "0", "0", "0", "100 %"]]
-    for r in rows:
-        exact = r["bits_per_value_at_ctx"] - r["bits_per_value"]  # window and tables, at the measured context
-        at_8192 = r["bits_per_value"] + exact * 2048 / 8192
+    body = []
+    for r in json.loads((ROOT / "docs/quality.json").read_text()):
+        sem = "" if r["kld_sem"] is None else f" ± {r['kld_sem']:.4f}"
         body.append([
-            r["kv"], f"{r['bits_per_value']:.3f}", f"{at_8192:.2f}", f"{r['ppl']:.3f}", f"{r['kld_mean']:.4f}", f"{r['kld_median']:.4f}",
-            f"{r['kld_p99']:.3f}", f"{100 * r['top1_agreement']:.1f} %",
+            r["kv"], f"{r['bits_per_value']:.3f}", bits(r["bits_per_value_at_ctx"]), bits(r["bits_per_value_8192"]), bits(r["bits_per_value_32768"]),
+            f"{r['ppl']:.3f}", f"{r['kld_mean']:.4f}{sem}", f"{r['kld_median']:.4f}", f"{r['kld_p99']:.3f}", f"{r['tvd_mean']:.4f}",
+            f"{100 * r['top1_agreement']:.1f} %",
         ])
-    return table(["KV cache", "bits/value", "with window at 8,192", "PPL", "KLD mean", "median", "99 %", "same top token"], body)
+    header = ["KV cache", "bits/value", "with window, measured", "at 8,192", "at 32,768", "PPL", "KLD mean", "median", "99 %", "TVD", "same top token"]
+    return table(header, body)
 
 
 def speed() -> str:
@@ -60,7 +64,46 @@ def memory() -> str:
     return table(["KV cache", "context", "tensors, MiB", "reported, MiB", "process growth, MiB", "bits/value", "resident, MiB"], body)
 
 
-TABLES = {"quality": quality, "speed": speed, "memory": memory}
+def check(name: str) -> dict:
+    return json.loads((ROOT / "docs/quality-checks.json").read_text())[name]
+
+
+def factor(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def drift() -> str:
+    body = [[r["kv"], *(f"{x:.4f}" for x in r["kld_quarters"]), factor(r["last_to_second"])] for r in check("drift")["rows"]]
+    return table(["KV cache", "1st quarter", "2nd", "3rd", "4th", "4th to 2nd"], body)
+
+
+def texts() -> str:
+    rows = check("texts")["rows"]
+    names, kinds = (list(dict.fromkeys(r[key] for r in rows)) for key in ("text", "kv"))
+    cell = {(r["kv"], r["text"]): f"{r['kld_mean']:.4f} ({factor(r['to_first'])})" for r in rows}
+    return table(["KV cache", *names], [[kv, *(cell[kv, name] for name in names)] for kv in kinds])
+
+
+def outliers() -> str:
+    body = [[r["kv"], f"{r['kld_mean']:.4f}", f"{r['kld_mean_outliers']:.4f}", factor(r["to_original"])] for r in check("outliers")["rows"]]
+    return table(["KV cache", "KLD mean", "with outliers", "ratio"], body)
+
+
+def greedy() -> str:
+    body = [[r["kv"], f"{r['median']:g}", f"{r['mean']:.1f}", f"{r['to_the_end']}"] for r in check("greedy")["rows"]]
+    return table(["KV cache", "tokens agreed, median", "mean", "answers equal to the end"], body)
+
+
+def retrieval() -> str:
+    result = check("retrieval")
+    header = ["KV cache", "found", *(f"at {100 * d:.0f} %" for d in result["depths"]), "lost", "gained"]
+    body = [[r["kv"], f"{r['successes']} of {r['of']}", *map(str, r["by_depth"]), f"{r['lost']}", f"{r['gained']}"] for r in result["rows"]]
+    return table(header, body)
+
+
+TABLES = {
+    "quality": quality, "speed": speed, "memory": memory, "drift": drift, "texts": texts, "outliers": outliers, "greedy": greedy, "retrieval": retrieval,
+}  # fmt: skip
 
 
 def render(text: str) -> str:

@@ -2,8 +2,8 @@
 
 #include "../ggml-seqkv.h"
 #include "../seqkv.h"
-#include "../block.h"
-#include "../tables.h"
+#include "../decode.h"
+#include "../encode.h"
 
 #include "ggml-cpu.h"
 #include "ggml-cpu-impl.h"
@@ -18,7 +18,7 @@
 
 static constexpr int MAX_HEAD = 256;
 static constexpr int TILE     = 64;      // rows of the KV axis in a tile
-static constexpr int TILE_Q   = GGML_SEQKV_MAX_GROUP; // query rows (tokens x heads of a group) in a tile
+static constexpr int TILE_Q   = 256;     // query rows (tokens x heads of a group) in a tile, at most; GGML_SEQKV_MAX_GROUP and more
 static constexpr int CHUNK    = 16*TILE; // KV rows of one unit of work in decode; fixed, so that results do not depend on the number of threads
 static constexpr int MIN_RUN  = 16;      // shorter runs of one origin are gathered into mixed tiles
 
@@ -44,6 +44,65 @@ struct rotations {
 static int32_t token_meta(const ggml_tensor * meta, const ggml_seqkv_params & p, int64_t t) {
     const int64_t per_stream = meta->ne[0] - p.n_kv - p.n_win;
     return ((const int32_t *) meta->data)[t/per_stream*meta->ne[0] + p.n_kv + p.n_win + t%per_stream];
+}
+
+// Tables of one KV head, see ggml-seqkv.h; NULL: no profile
+struct head_profile {
+    const ggml_fp16_t * enc     = nullptr; // (dk, dk)
+    const ggml_fp16_t * dec     = nullptr; // (dk, dk)
+    const ggml_fp16_t * pred    = nullptr; // (64, dk)
+    const ggml_fp16_t * v_mean  = nullptr; // (dv)
+    const ggml_fp16_t * v_scale = nullptr; // (dv)
+
+    head_profile(const ggml_tensor * prof, const ggml_seqkv_params & p, int h) {
+        if (prof) {
+            enc     = (const ggml_fp16_t *) prof->data + h*ggml_seqkv_prof_stride(p.dk, p.dv);
+            dec     = enc  + p.dk*p.dk;
+            pred    = dec  + p.dk*p.dk;
+            v_mean  = pred + SEQKV_FRAME*p.dk;
+            v_scale = v_mean + p.dv;
+        }
+    }
+};
+
+// How a cell holds a head vector.
+enum form_t {
+    PLAIN,    // as it is
+    HADAMARD, // in the domain of H: quantized types
+    DENSE,    // in that of E, a prediction subtracted: graded types with a profile
+};
+
+static form_t form_of(ggml_type type, const ggml_tensor * prof) {
+    return !ggml_is_quantized(type) ? PLAIN : prof && ggml_seqkv_graded(type) ? DENSE : HADAMARD;
+}
+
+static std::vector<float> floats(const ggml_fp16_t * x, int64_t n) {
+    std::vector<float> y(x ? n : 0);
+    if (x) {
+        ggml_cpu_fp16_to_fp32(x, y.data(), n);
+    }
+    return y;
+}
+
+// Hadamard transform of the d rows of x (d, w): each column is one vector
+static void fwht_columns(float * x, int d, int w) {
+    for (int h = 1; h < d; h *= 2) {
+        for (int i = 0; i < d; i += 2*h) {
+            for (int r = i; r < i + h; ++r) {
+                float * GGML_RESTRICT a = x + r*w;
+                float * GGML_RESTRICT b = x + (r + h)*w;
+                for (int j = 0; j < w; ++j) {
+                    const float u = a[j], v = b[j];
+                    a[j] = u + v;
+                    b[j] = u - v;
+                }
+            }
+        }
+    }
+    const float s = 1.0f/sqrtf((float) d);
+    for (int i = 0; i < d*w; ++i) {
+        x[i] *= s;
+    }
 }
 
 //
@@ -74,49 +133,190 @@ void ggml_compute_forward_seqkv_frame(const ggml_compute_params * params, ggml_t
 // writing the cache
 //
 
+static constexpr int LANES = SEQKV_LANES;
+
+// Blocks waiting to be coded together.
+struct block_queue {
+    const int bits, graded;
+    int       n = 0;
+    float     z[LANES][SEQKV_BLOCK];
+    uint8_t * dst[LANES];
+
+    block_queue(int bits, int graded) : bits(bits), graded(graded) {}
+
+    // z: 64 values at the given stride
+    void push(const float * src, int stride, uint8_t * out) {
+        for (int i = 0; i < SEQKV_BLOCK; ++i) {
+            z[n][i] = src[i*stride];
+        }
+        dst[n++] = out;
+        if (n == LANES) {
+            flush();
+        }
+    }
+    void flush() {
+        const float * src[LANES];
+        for (int j = 0; j < n; ++j) {
+            src[j] = z[j];
+        }
+        if (n > 0) {
+            seqkv_encode_blocks(bits, graded, src, dst, n);
+        }
+        n = 0;
+    }
+};
+
+// scratch of one thread in floats: enc (dk, dk), vectors (d, LANES), z (d, LANES)
+static size_t store_floats(const ggml_seqkv_params & p) {
+    return p.dk*p.dk + 2*LANES*std::max(p.dk, p.dv);
+}
+
+// the oracle: one vector after the other
+static void store_ref(const ggml_tensor * dst, const ggml_fp16_t * row, int h, int32_t offset, uint8_t * out) {
+    const ggml_seqkv_params p = get_params(dst);
+    const bool is_key = p.part == GGML_SEQKV_KEY;
+    const int  bits   = ggml_seqkv_bits(dst->type), graded = ggml_seqkv_graded(dst->type);
+    const head_profile prof(dst->src[4], p, h);
+
+    const auto optional = [](const std::vector<float> & x) { return x.empty() ? nullptr : x.data(); };
+    if (is_key) {
+        const auto x    = floats(row + h*p.dk, p.dk);
+        const auto enc  = floats(graded ? prof.enc : nullptr, p.dk*p.dk);
+        const auto pred = floats(graded && prof.pred ? prof.pred + offset*p.dk : nullptr, p.dk);
+        seqkv_encode_key(bits, graded, x.data(), p.dk, optional(enc), optional(pred), out);
+    } else {
+        const auto x     = floats(row + p.n_head_kv*p.dk + h*p.dv, p.dv);
+        const auto mean  = floats(prof.v_mean,  p.dv);
+        const auto scale = floats(prof.v_scale, p.dv);
+        seqkv_encode_value(bits, x.data(), p.dv, optional(mean), optional(scale), out);
+    }
+}
+
+// Up to LANES tokens of one head: their vectors x (d, LANES) to the domain of the cell, in x or z. Returns where.
+static float * transform_lanes(const ggml_seqkv_params & p, form_t form, bool is_key, const head_profile & prof, const float * enc,
+        const int32_t * offset, int n, float * x, float * z) {
+    const int d = is_key ? p.dk : p.dv;
+    if (form == DENSE) {
+        for (int j = 0; j < LANES; ++j) {
+            for (int i = 0; i < d; ++i) {
+                z[i*LANES + j] = j < n ? -GGML_CPU_FP16_TO_FP32(prof.pred[offset[j]*d + i]) : 0.0f;
+            }
+        }
+        simd_gemm(z, enc, x, d, d, LANES);
+        return z;
+    }
+    if (prof.v_mean && !is_key) {
+        for (int i = 0; i < d; ++i) {
+            const float mean = GGML_CPU_FP16_TO_FP32(prof.v_mean[i]), scale = GGML_CPU_FP16_TO_FP32(prof.v_scale[i]);
+            for (int j = 0; j < LANES; ++j) {
+                x[i*LANES + j] = scale*(x[i*LANES + j] - mean);
+            }
+        }
+    }
+    fwht_columns(x, d, LANES);
+    return x;
+}
+
 void ggml_compute_forward_seqkv_store(const ggml_compute_params * params, ggml_tensor * dst) {
     const ggml_tensor * cur  = dst->src[0];
     const int64_t     * idxs = (const int64_t *) dst->src[1]->data;
     const ggml_tensor * meta = dst->src[3];
-    const ggml_tensor * prof = dst->src[5];
+    const ggml_tensor * prof = dst->src[4];
 
     const ggml_seqkv_params p = get_params(dst);
-    const rotations rot(dst->src[4], p.rot_set);
 
-    const bool    is_key = p.part == GGML_SEQKV_KEY;
-    const int     d      = is_key ? p.dk : p.dv;
-    const int     bits   = ggml_seqkv_bits(dst->type);
-    const size_t  head_size = ggml_row_size(dst->type, d);
-    const float * mean   = prof ? (const float *) prof->data + (is_key ? 0 : p.n_head_kv*p.dk) : nullptr;
+    const bool   is_key    = p.part == GGML_SEQKV_KEY;
+    const int    d         = is_key ? p.dk : p.dv;
+    const int    bits      = ggml_seqkv_bits(dst->type);
+    const form_t form      = p.part == GGML_SEQKV_ROW ? PLAIN : form_of(dst->type, prof);
+    const size_t head_size = ggml_row_size(dst->type, d);
 
+    const auto row_of = [&](int64_t t) { return (const ggml_fp16_t *) ((const char *) cur->data + t*cur->nb[1]); };
+    const auto out_of = [&](int64_t t) {
+        GGML_ASSERT(idxs[t] < dst->ne[1]);
+        return (uint8_t *) dst->data + idxs[t]*dst->nb[1];
+    };
     const ggml_from_float_t from_float = ggml_get_type_traits_cpu(dst->type)->from_float;
 
-    for (int64_t t = params->ith; t < cur->ne[1]; t += params->nth) {
-        if (idxs[t] < 0) {
+    if (p.part == GGML_SEQKV_ROW || form == PLAIN || (bits && params->use_ref)) {
+        for (int64_t t = params->ith; t < cur->ne[1]; t += params->nth) {
+            if (idxs[t] < 0) {
+                continue;
+            }
+            if (p.part == GGML_SEQKV_ROW) {
+                memcpy(out_of(t), row_of(t), cur->ne[0]*sizeof(ggml_fp16_t));
+                continue;
+            }
+            for (int h = 0; h < p.n_head_kv; ++h) {
+                uint8_t * out = out_of(t) + h*head_size;
+                if (bits) {
+                    store_ref(dst, row_of(t), h, token_meta(meta, p, t) & 255, out);
+                } else {
+                    float x[MAX_HEAD];
+                    ggml_cpu_fp16_to_fp32(row_of(t) + (is_key ? 0 : p.n_head_kv*p.dk) + h*d, x, d);
+                    from_float(x, out, d);
+                }
+            }
+        }
+        return;
+    }
+
+    float * enc = (float *) params->wdata + params->ith*store_floats(p);
+    float * x   = enc + p.dk*p.dk;
+    float * z   = x + LANES*std::max(p.dk, p.dv);
+    block_queue queue(bits, ggml_seqkv_graded(dst->type));
+
+    // head vectors in the order (head, token), a contiguous share of them for each thread
+    const int64_t n_tokens = cur->ne[1];
+    const int64_t n_items  = n_tokens*p.n_head_kv;
+    const int64_t end      = n_items*(params->ith + 1)/params->nth;
+    int enc_head = -1;
+    for (int64_t item = n_items*params->ith/params->nth; item < end;) {
+        const int h = (int) (item/n_tokens);
+        const head_profile tables(bits ? prof : nullptr, p, h);
+
+        int       n = 0;
+        int32_t   offset[LANES];
+        uint8_t * out[LANES];
+        for (; item < end && item/n_tokens == h && n < LANES; ++item) {
+            const int64_t t = item%n_tokens;
+            if (idxs[t] < 0) {
+                continue;
+            }
+            float v[MAX_HEAD];
+            ggml_cpu_fp16_to_fp32(row_of(t) + (is_key ? 0 : p.n_head_kv*p.dk) + h*d, v, d);
+            for (int i = 0; i < d; ++i) {
+                x[i*LANES + n] = v[i];
+            }
+            offset[n] = token_meta(meta, p, t) & 255;
+            out[n++]  = out_of(t) + h*head_size;
+        }
+        if (n == 0) {
             continue;
         }
-        GGML_ASSERT(idxs[t] < dst->ne[1]);
-
-        const ggml_fp16_t * row = (const ggml_fp16_t *) ((const char *) cur->data + t*cur->nb[1]);
-        char * out = (char *) dst->data + idxs[t]*dst->nb[1];
-
-        if (p.part == GGML_SEQKV_ROW) {
-            memcpy(out, row, cur->ne[0]*sizeof(ggml_fp16_t));
-            continue;
+        for (int i = 0; i < d; ++i) {
+            std::fill(x + i*LANES + n, x + (i + 1)*LANES, 0.0f);
         }
-
-        for (int h = 0; h < p.n_head_kv; ++h) {
-            float x[MAX_HEAD];
-            ggml_cpu_fp16_to_fp32(row + (is_key ? 0 : p.n_head_kv*p.dk) + h*d, x, d);
-            if (bits == 0) {
-                from_float(x, out + h*head_size, d);
-            } else if (is_key) {
-                seqkv_encode_key(bits, x, d, mean ? mean + h*d : nullptr, rot.offset(token_meta(meta, p, t)), p.n_rot, p.neox, out + h*head_size);
+        if (form == DENSE && enc_head != h) {
+            ggml_cpu_fp16_to_fp32(tables.enc, enc, d*d);
+            enc_head = h;
+        }
+        const float * y = transform_lanes(p, form, is_key, tables, enc, offset, n, x, z);
+        for (int j = 0; j < n; ++j) {
+            if (bits) {
+                for (int i = 0; i < d; i += SEQKV_BLOCK) {
+                    queue.push(y + i*LANES + j, LANES, out[j] + i/SEQKV_BLOCK*ggml_type_size(dst->type));
+                }
             } else {
-                seqkv_encode_value(bits, x, d, mean ? mean + h*d : nullptr, out + h*head_size);
+                float v[MAX_HEAD];
+                for (int i = 0; i < d; ++i) {
+                    v[i] = y[i*LANES + j];
+                }
+                from_float(v, out[j], d);
             }
         }
     }
+    queue.flush();
 }
 
 //
@@ -140,6 +340,8 @@ struct attn_view {
 
     int     n_head, group;
     int     bits_k, bits_v;
+    int     graded_k;
+    form_t  form_k, form_v;
     int64_t n_stream, n_tokens; // tokens per stream
     int64_t n_virt;
 
@@ -150,13 +352,16 @@ struct attn_view {
         group    = n_head/p.n_head_kv;
         bits_k   = ggml_seqkv_bits(k->type);
         bits_v   = ggml_seqkv_bits(v->type);
+        graded_k = ggml_seqkv_graded(k->type);
+        form_k   = form_of(k->type, prof);
+        form_v   = form_of(v->type, nullptr);
         n_stream = k->ne[2];
         n_tokens = q->ne[2]/n_stream;
         n_virt   = p.n_kv + p.n_win + n_tokens;
     }
 
-    const float * mean_k(int h) const { return prof ? (const float *) prof->data + h*p.dk : nullptr; }
-    const float * mean_v(int h) const { return prof ? (const float *) prof->data + p.n_head_kv*p.dk + h*p.dv : nullptr; }
+    // tables of a head for the values; none if these are of another type
+    head_profile tables_v(int h) const { return head_profile(bits_v ? prof : nullptr, p, h); }
 
     const char * cell_k(int64_t s, int64_t j, int h) const {
         return (const char *) k->data + s*k->nb[2] + j*k->nb[1] + h*ggml_row_size(k->type, p.dk);
@@ -199,6 +404,12 @@ static void attn_ref(const ggml_compute_params * params, ggml_tensor * dst) {
         const int     h = unit%p.n_head_kv;
         const int32_t * meta = a.meta_row(s);
 
+        const head_profile tables(a.form_k == DENSE ? a.prof : nullptr, p, h);
+        const auto dec   = floats(tables.dec,  p.dk*p.dk);
+        const auto pred  = floats(tables.pred, SEQKV_FRAME*p.dk);
+        const auto mean  = floats(a.tables_v(h).v_mean,  p.dv);
+        const auto scale = floats(a.tables_v(h).v_scale, p.dv);
+
         for (int64_t j = 0; j < a.n_virt; ++j) {
             float * kj = k.data() + j*p.dk;
             float * vj = v.data() + j*p.dv;
@@ -210,14 +421,21 @@ static void attn_ref(const ggml_compute_params * params, ggml_tensor * dst) {
                 ggml_cpu_fp16_to_fp32(a.exact(s, j) + p.n_head_kv*p.dk + h*p.dv, vj, p.dv);
             } else {
                 if (a.bits_k) {
-                    seqkv_decode_key(a.bits_k, a.cell_k(s, j, h), p.dk, a.mean_k(h), a.rot.offset(meta[j]), p.n_rot, p.neox, kj);
+                    seqkv_decode_key(a.bits_k, a.graded_k, a.cell_k(s, j, h), p.dk, dec.empty() ? nullptr : dec.data(),
+                            pred.empty() ? nullptr : pred.data() + (meta[j] & 255)*p.dk, kj);
                 } else {
                     to_float(a.k, a.cell_k(s, j, h), kj, p.dk);
+                    if (a.form_k == HADAMARD) {
+                        seqkv_fwht(kj, p.dk);
+                    }
                 }
                 if (a.bits_v) {
-                    seqkv_decode_value(a.bits_v, a.cell_v(s, j, h), p.dv, a.mean_v(h), vj);
+                    seqkv_decode_value(a.bits_v, a.cell_v(s, j, h), p.dv, mean.empty() ? nullptr : mean.data(), scale.empty() ? nullptr : scale.data(), vj);
                 } else {
                     to_float(a.v, a.cell_v(s, j, h), vj, p.dv);
+                    if (a.form_v == HADAMARD) {
+                        seqkv_fwht(vj, p.dv);
+                    }
                 }
             }
             seqkv_rotate(kj, a.rot.origin(meta[j]), p.n_rot, p.neox, 0);
@@ -235,70 +453,100 @@ static void attn_ref(const ggml_compute_params * params, ggml_tensor * dst) {
     }
 }
 
-// one block -> 64 values y[i*stride] += or =
-template <int bits>
-static inline void unpack_block(const uint8_t * b, float * y, int stride) {
-    const float * cb = bits == 2 ? seqkv_codebook2 : bits == 3 ? seqkv_codebook3 : seqkv_codebook4;
-    const float gain = seqkv_gain[b[0]];
-    float level[1 << bits];
-    for (int i = 0; i < 1 << bits; ++i) {
-        level[i] = gain*cb[i];
+// one block -> y[64], the same to the bit as seqkv_decode_block
+#if defined(__AVX512VBMI__) && defined(__AVX512BW__)
+// levels of the indices l of values with B bits
+template <int B>
+static inline __m512i look_up(__m512i l) {
+    const int8_t * level = seqkv_level_table(B);
+    if (B == 0) {
+        return _mm512_setzero_si512();
     }
-    if (bits == 4) {
-        for (int i = 0; i < 32; ++i) {
-            y[ i      *stride] = level[b[1 + i] & 15];
-            y[(i + 32)*stride] = level[b[1 + i] >> 4];
-        }
-        return;
+    if (B == 6) {
+        return _mm512_permutex2var_epi8(_mm512_loadu_si512(level), l, _mm512_loadu_si512(level + 64));
     }
-    uint8_t code[64];
+    return _mm512_permutexvar_epi8(l, _mm512_maskz_loadu_epi8(B >= 5 ? ~0ull : (1ull << (2 << B)%64) - 1, level));
+}
+
+template <int bits, int graded>
+static inline void unpack_block(const uint8_t * b, float * y) {
+    uint64_t q[7];
+    float    f[4];
+    seqkv_index_planes(bits, graded, b, q);
+    seqkv_factors(bits, graded, b, f);
+
+    __m512i l = _mm512_maskz_set1_epi8(q[0], 1);
+    for (int j = 1; j <= bits + 2*graded; ++j) {
+        l = _mm512_mask_add_epi8(l, q[j], l, _mm512_set1_epi8(1 << j));
+    }
+    __m512i levels = look_up<bits>(l);
+    if (graded) {
+        levels = _mm512_mask_blend_epi8(0x000000000000ffffull, levels, look_up<graded ? bits + 2 : bits>(l));
+        levels = _mm512_mask_blend_epi8(0xffffffff00000000ull, levels, look_up<graded ? bits - 1 : bits>(l));
+    }
+    const __m128i part[4] = {
+        _mm512_castsi512_si128(levels),           _mm512_extracti32x4_epi32(levels, 1),
+        _mm512_extracti32x4_epi32(levels, 2),     _mm512_extracti32x4_epi32(levels, 3),
+    };
     for (int k = 0; k < 4; ++k) {
-        for (int i = 0; i < 16; ++i) {
-            code[16*k + i] = b[1 + i] >> 2*k & 3;
-        }
+        _mm512_storeu_ps(y + 16*k, _mm512_mul_ps(_mm512_set1_ps(f[k]), _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(part[k]))));
     }
-    if (bits == 3) {
-        for (int k = 0; k < 8; ++k) {
-            for (int i = 0; i < 8; ++i) {
-                code[8*k + i] |= (b[17 + i] >> k & 1) << 2;
+}
+#else
+template <int bits, int graded>
+static inline void unpack_block(const uint8_t * b, float * y) {
+    seqkv_decode_block(bits, graded, b, y);
+}
+#endif
+
+template <int bits, int graded>
+static void unpack_blocks(const char * src, float * y, int d) {
+    for (int i = 0; i < d; i += SEQKV_BLOCK, src += seqkv_block_bytes(bits, graded)) {
+        unpack_block<bits, graded>((const uint8_t *) src, y + i);
+    }
+}
+
+// blocks of a head -> y[d], in their transform domain
+static void unpack_head(int bits, int graded, const char * src, float * y, int d) {
+    switch (bits << 1 | graded) {
+        case 2:  unpack_blocks<1, 0>(src, y, d); break;
+        case 3:  unpack_blocks<1, 1>(src, y, d); break;
+        case 4:  unpack_blocks<2, 0>(src, y, d); break;
+        case 5:  unpack_blocks<2, 1>(src, y, d); break;
+        case 6:  unpack_blocks<3, 0>(src, y, d); break;
+        case 7:  unpack_blocks<3, 1>(src, y, d); break;
+        case 8:  unpack_blocks<4, 0>(src, y, d); break;
+        default: unpack_blocks<4, 1>(src, y, d); break;
+    }
+}
+
+// y (d, n) <- x (n, d), multiples of 16
+static void transpose(const float * GGML_RESTRICT x, float * GGML_RESTRICT y, int n, int d) {
+#if defined(__SSE__)
+    for (int i = 0; i < d; i += 4) {
+        for (int j = 0; j < n; j += 4) {
+            __m128 r[4];
+            for (int k = 0; k < 4; ++k) {
+                r[k] = _mm_loadu_ps(x + (j + k)*d + i);
+            }
+            _MM_TRANSPOSE4_PS(r[0], r[1], r[2], r[3]);
+            for (int k = 0; k < 4; ++k) {
+                _mm_storeu_ps(y + (i + k)*n + j, r[k]);
             }
         }
     }
-    for (int i = 0; i < 64; ++i) {
-        y[i*stride] = level[code[i]];
-    }
-}
-
-static void unpack_head(int bits, const char * src, float * y, int d, int stride) {
-    const size_t bs = bits == 2 ? sizeof(block_seqkv2) : bits == 3 ? sizeof(block_seqkv3) : sizeof(block_seqkv4);
-    for (int i = 0; i < d; i += SEQKV_BLOCK, src += bs) {
-        switch (bits) {
-            case 2:  unpack_block<2>((const uint8_t *) src, y + i*stride, stride); break;
-            case 3:  unpack_block<3>((const uint8_t *) src, y + i*stride, stride); break;
-            default: unpack_block<4>((const uint8_t *) src, y + i*stride, stride); break;
-        }
-    }
-}
-
-// Hadamard transform of the d rows of x (d, w): each column is one vector
-static void fwht_columns(float * x, int d, int w) {
-    for (int h = 1; h < d; h *= 2) {
-        for (int i = 0; i < d; i += 2*h) {
-            for (int r = i; r < i + h; ++r) {
-                float * GGML_RESTRICT a = x + r*w;
-                float * GGML_RESTRICT b = x + (r + h)*w;
-                for (int j = 0; j < w; ++j) {
-                    const float u = a[j], v = b[j];
-                    a[j] = u + v;
-                    b[j] = u - v;
+#else
+    static constexpr int B = 16;
+    for (int i0 = 0; i0 < d; i0 += B) {
+        for (int j0 = 0; j0 < n; j0 += B) {
+            for (int i = i0; i < i0 + B; ++i) {
+                for (int j = j0; j < j0 + B; ++j) {
+                    y[i*n + j] = x[j*d + i];
                 }
             }
         }
     }
-    const float s = 1.0f/sqrtf((float) d);
-    for (int i = 0; i < d*w; ++i) {
-        x[i] *= s;
-    }
+#endif
 }
 
 // 16-point Hadamard matrix, so that the short strides of a transform are a product over contiguous vectors
@@ -343,38 +591,53 @@ static void fwht_row(float * x, int d) {
     }
 }
 
-// Scratch of one thread. Shapes in floats.
+// Scratch of one thread. Shapes in floats; nq: query rows of the largest tile.
 struct attn_scratch {
-    float * q;     // (TILE_Q, dk)   queries as given
-    float * qf;    // (TILE_Q, dk)   queries in the frame of the current tile, transformed if the tile is
-    float * kt;    // (dk, TILE)     keys of a tile, transposed
-    float * v;     // (TILE, dv)     values of a tile, transformed if they are blocks
-    float * s;     // (TILE_Q, TILE) scores, then probabilities
-    float * acc_z; // (TILE_Q, dv)   sum of p z over blocks
-    float * acc_x; // (TILE_Q, dv)   sum of p v over exact rows
-    float * pred;  // (64, dk)       H R(offset) mean
-    float * m;     // (TILE_Q)       running maximum
-    float * l;     // (TILE_Q)       running sum of p
-    float * l_z;   // (TILE_Q)       its part over blocks
+    float * q;     // (nq, dk)     queries as given
+    float * qr;    // (FRAME_Q, dk) queries in the frame of the current tile
+    float * qf;    // (FRAME_Q, dk) the same in the domain of its keys
+    float * k;     // (TILE, dk)   keys of a tile
+    float * kt;    // (dk, TILE)   the same, transposed
+    float * ka;    // (dk, TILE)   the same, transformed back
+    float * v;     // (TILE, dv)   values of a tile, transformed if their type is
+    float * s;     // (nq, TILE)   scores, then probabilities
+    float * acc_z; // (nq, dv)     sum of p z over transformed values
+    float * acc_x; // (nq, dv)     sum of p v over exact rows
+    float * dec;   // (dk, dk)     D
+    float * pred;  // (64, dk)     E R(offset) mean
+    float * m;     // (nq)         running maximum
+    float * l;     // (nq)         running sum of p
+    float * l_z;   // (nq)         its part over transformed values
 
-    static size_t floats(int dk, int dv) {
-        return TILE_Q*(2*dk + 2*dv + TILE + 3) + TILE*(2*dk + dv) + CACHE_LINE_SIZE_F32;
+    static constexpr int FRAME_Q = TILE/2; // with up to so many query rows, these are rotated and not the keys
+
+    static size_t floats(const attn_view & a) {
+        const size_t dk = a.p.dk, dv = a.p.dv, nq = tile_tokens(a)*a.group;
+        const size_t n = nq*(dk + 2*dv + TILE + 3) + FRAME_Q*2*dk + TILE*(3*dk + dv) + (a.form_k == DENSE ? dk*dk + SEQKV_FRAME*dk : 0);
+        return GGML_PAD(n, 16) + 16; // threads do not share cache lines
     }
-    attn_scratch(float * w, int dk, int dv) {
+    static int64_t tile_tokens(const attn_view & a) {
+        return std::max<int64_t>(1, std::min<int64_t>(a.n_tokens, TILE_Q/a.group));
+    }
+    attn_scratch(float * w, const attn_view & a) {
+        const size_t dk = a.p.dk, dv = a.p.dv, nq = tile_tokens(a)*a.group;
         const auto take = [&w](size_t n) { float * r = w; w += n; return r; };
-        q     = take(TILE_Q*dk);
-        qf    = take(TILE_Q*dk);
+        q     = take(nq*dk);
+        qr    = take(FRAME_Q*dk);
+        qf    = take(FRAME_Q*dk);
+        k     = take(TILE*dk);
         kt    = take(TILE*dk);
+        ka    = take(TILE*dk);
         v     = take(TILE*dv);
-        s     = take(TILE_Q*TILE);
-        acc_z = take(TILE_Q*dv);
-        acc_x = take(TILE_Q*dv);
-        pred  = take(SEQKV_FRAME*dk);
-        m     = take(TILE_Q);
-        l     = take(TILE_Q);
-        l_z   = take(TILE_Q);
+        s     = take(nq*TILE);
+        acc_z = take(nq*dv);
+        acc_x = take(nq*dv);
+        m     = take(nq);
+        l     = take(nq);
+        l_z   = take(nq);
+        dec   = a.form_k == DENSE ? take(dk*dk) : nullptr;
+        pred  = a.form_k == DENSE ? take(SEQKV_FRAME*dk) : nullptr;
     }
-    static constexpr size_t CACHE_LINE_SIZE_F32 = 16;
 };
 
 // Attention of one KV head's query tile over a range of the virtual axis.
@@ -386,8 +649,8 @@ struct attn_worker {
     int64_t t0;       // first token of the tile
     int     nt, nq;   // tokens, query rows = nt*group; row r is token r/group, head r%group
     int32_t q_origin = -1; // what w.qf holds: origin row of rot
-    bool    q_hadamard = false;
-    bool    has_pred   = false;
+    form_t  q_form   = PLAIN;
+    bool    has_tables = false;
 
     attn_worker(const attn_view & a, const attn_scratch & w, int64_t s, int h, int64_t t0, int nt) :
         a(a), w(w), s(s), h(h), t0(t0), nt(nt), nq(nt*a.group) {
@@ -400,49 +663,56 @@ struct attn_worker {
         std::fill(w.m,   w.m   + nq, -INFINITY);
         std::fill(w.l,   w.l   + nq, 0.0f);
         std::fill(w.l_z, w.l_z + nq, 0.0f);
-
     }
 
-    // pred, made when the first blocks are read
-    void set_predictions() {
-        if (has_pred) {
+    // D and the predictions, converted when the first blocks are read
+    void set_tables() {
+        if (has_tables) {
             return;
         }
-        for (int off = 0; off < SEQKV_FRAME; ++off) {
-            float * x = w.pred + off*a.p.dk;
-            memcpy(x, a.mean_k(h), a.p.dk*sizeof(float));
-            seqkv_rotate(x, a.rot.offset(off), a.p.n_rot, a.p.neox, 0);
-            fwht_row(x, a.p.dk);
-        }
-        has_pred = true;
+        const head_profile tables(a.prof, a.p, h);
+        ggml_cpu_fp16_to_fp32(tables.dec,  w.dec,  a.p.dk*a.p.dk);
+        ggml_cpu_fp16_to_fp32(tables.pred, w.pred, SEQKV_FRAME*a.p.dk);
+        has_tables = true;
     }
 
-    // queries R(-t0) q, in the transform domain if hadamard
-    void set_query_frame(int32_t origin, bool hadamard) {
-        if (origin == q_origin && hadamard == q_hadamard) {
+    // queries R(-t0) q in the domain of the keys: as they are, H R(-t0) q or D^T R(-t0) q
+    void set_query_frame(int32_t origin, form_t form) {
+        if (origin == q_origin && form == q_form) {
             return;
         }
+        const int     dk = a.p.dk;
         const float * cs = a.rot.origin(origin << 8);
-        memcpy(w.qf, w.q, nq*a.p.dk*sizeof(float));
+        float * rotated = form == DENSE ? w.qr : w.qf;
+        memcpy(rotated, w.q, nq*dk*sizeof(float));
         for (int r = 0; r < nq; ++r) {
-            seqkv_rotate(w.qf + r*a.p.dk, cs, a.p.n_rot, a.p.neox, 1);
-            if (hadamard) {
-                fwht_row(w.qf + r*a.p.dk, a.p.dk);
+            seqkv_rotate(rotated + r*dk, cs, a.p.n_rot, a.p.neox, 1);
+            if (form == HADAMARD) {
+                fwht_row(rotated + r*dk, dk);
             }
         }
-        q_origin   = origin;
-        q_hadamard = hadamard;
+        if (form == DENSE) {
+            std::fill(w.qf, w.qf + nq*dk, 0.0f);
+            simd_gemm(w.qf, w.qr, w.dec, nq, dk, dk);
+        }
+        q_origin = origin;
+        q_form   = form;
     }
 
-    // keys of the tile to absolute positions: inverse transform, then R(origin) column by column
-    void keys_to_absolute(const int32_t * meta, int n, int tw, bool hadamard, bool one_origin) {
+    // keys of the tile (dk, tw) to absolute positions: inverse transform, then R(origin) column by column. Returns where they are.
+    const float * keys_to_absolute(const int32_t * meta, int n, int tw, form_t form, bool one_origin) {
         const auto & p = a.p;
-        if (hadamard) {
-            fwht_columns(w.kt, p.dk, tw);
+        float * keys = w.kt;
+        if (form == HADAMARD) {
+            fwht_columns(keys, p.dk, tw);
+        } else if (form == DENSE) {
+            keys = w.ka;
+            std::fill(keys, keys + p.dk*tw, 0.0f);
+            simd_gemm(keys, w.dec, w.kt, p.dk, p.dk, tw);
         }
         for (int i = 0; i < p.n_rot/2; ++i) {
-            float * GGML_RESTRICT x = w.kt + (p.neox ? i : 2*i)*tw;
-            float * GGML_RESTRICT y = w.kt + (p.neox ? i + p.n_rot/2 : 2*i + 1)*tw;
+            float * GGML_RESTRICT x = keys + (p.neox ? i : 2*i)*tw;
+            float * GGML_RESTRICT y = keys + (p.neox ? i + p.n_rot/2 : 2*i + 1)*tw;
             float c[TILE], sn[TILE];
             const int32_t any = one_origin ? first_origin(meta, n) << 8 : 0;
             for (int j = 0; j < tw; ++j) {
@@ -456,6 +726,7 @@ struct attn_worker {
                 y[j] = u*sn[j] + v*c[j];
             }
         }
+        return keys;
     }
 
     static int32_t first_origin(const int32_t * meta, int n) {
@@ -490,56 +761,50 @@ struct attn_worker {
         }
 
         // tile width: a multiple of the vector width; the columns beyond n and the rows left out are zero
-        const int  tw     = GGML_PAD(n, 16);
-        const bool had_k  = cells && a.bits_k;
-        const bool frame_q = one_origin && nq <= TILE/2; // rotate the queries, or the keys, whichever are fewer
+        const int    tw      = GGML_PAD(n, 16);
+        const form_t form    = cells ? a.form_k : PLAIN;
+        const bool   frame_q = one_origin && nq <= attn_scratch::FRAME_Q; // rotate the queries, or the keys, whichever are fewer
 
-        if (had_k && a.prof) {
-            set_predictions();
+        if (form == DENSE) {
+            set_tables();
         }
 
         for (int j = 0; j < tw; ++j) {
-            float * kt = w.kt + j;
+            float * kj = w.k + j*p.dk;
             if (j >= n || !live[j]) {
-                for (int i = 0; i < p.dk; ++i) {
-                    kt[i*tw] = 0.0f;
-                }
-            } else if (had_k) {
-                unpack_head(a.bits_k, a.cell_k(s, j0 + j, h), kt, p.dk, tw);
-                if (a.prof) {
+                std::fill(kj, kj + p.dk, 0.0f);
+            } else if (!cells) {
+                ggml_cpu_fp16_to_fp32(a.exact(s, j0 + j) + h*p.dk, kj, p.dk);
+            } else if (a.bits_k) {
+                unpack_head(a.bits_k, a.graded_k, a.cell_k(s, j0 + j, h), kj, p.dk);
+                if (form == DENSE) {
                     const float * pred = w.pred + (meta[j] & 255)*p.dk;
                     for (int i = 0; i < p.dk; ++i) {
-                        kt[i*tw] += pred[i];
+                        kj[i] += pred[i];
                     }
                 }
             } else {
-                float x[MAX_HEAD];
-                if (cells) {
-                    to_float(a.k, a.cell_k(s, j0 + j, h), x, p.dk);
-                } else {
-                    ggml_cpu_fp16_to_fp32(a.exact(s, j0 + j) + h*p.dk, x, p.dk);
-                }
-                for (int i = 0; i < p.dk; ++i) {
-                    kt[i*tw] = x[i];
-                }
+                to_float(a.k, a.cell_k(s, j0 + j, h), kj, p.dk);
             }
         }
+        transpose(w.k, w.kt, tw, p.dk);
 
         const float * q = w.q;
+        const float * k = w.kt;
         if (frame_q) {
-            set_query_frame(first_origin(meta, n), had_k);
+            set_query_frame(first_origin(meta, n), form);
             q = w.qf;
         } else {
-            keys_to_absolute(meta, n, tw, had_k, one_origin);
+            k = keys_to_absolute(meta, n, tw, form, one_origin);
         }
 
         std::fill(w.s, w.s + nq*tw, 0.0f);
-        simd_gemm(w.s, q, w.kt, nq, p.dk, tw);
+        simd_gemm(w.s, q, k, nq, p.dk, tw);
 
+        const bool transformed_v = cells && a.form_v != PLAIN;
         for (int r = 0; r < nq; ++r) {
             float * sr = w.s + r*tw;
             const ggml_fp16_t * mask = a.mask_row(s, t0 + r/a.group) + j0;
-            float max = -INFINITY;
             if (p.softcap != 0.0f) {
                 for (int j = 0; j < n; ++j) {
                     sr[j] = p.softcap*tanhf(sr[j]*p.scale/p.softcap);
@@ -550,12 +815,19 @@ struct attn_worker {
                 }
             }
             for (int j = 0; j < n; ++j) {
-                sr[j] += GGML_CPU_FP16_TO_FP32(mask[j]);
-                max = std::max(max, sr[j]);
+                sr[j] = mask[j] == 0xfc00 ? -INFINITY : sr[j]; // 0 or -inf
             }
             for (int j = n; j < tw; ++j) {
                 sr[j] = -INFINITY;
             }
+            float lane[16];
+            std::copy(sr, sr + 16, lane);
+            for (int j = 16; j < tw; j += 16) {
+                for (int i = 0; i < 16; ++i) {
+                    lane[i] = sr[j + i] > lane[i] ? sr[j + i] : lane[i];
+                }
+            }
+            const float max = *std::max_element(lane, lane + 16);
             if (max == -INFINITY) {
                 std::fill(sr, sr + tw, 0.0f);
                 continue;
@@ -570,7 +842,7 @@ struct attn_worker {
             }
             const float sum = (float) ggml_vec_soft_max_f32(tw, sr, sr, w.m[r]);
             w.l[r] += sum;
-            if (cells && a.bits_v) {
+            if (transformed_v) {
                 w.l_z[r] += sum;
             }
         }
@@ -582,12 +854,12 @@ struct attn_worker {
             } else if (!cells) {
                 ggml_cpu_fp16_to_fp32(a.exact(s, j0 + j) + p.n_head_kv*p.dk + h*p.dv, vj, p.dv);
             } else if (a.bits_v) {
-                unpack_head(a.bits_v, a.cell_v(s, j0 + j, h), vj, p.dv, 1);
+                unpack_head(a.bits_v, 0, a.cell_v(s, j0 + j, h), vj, p.dv);
             } else {
                 to_float(a.v, a.cell_v(s, j0 + j, h), vj, p.dv);
             }
         }
-        simd_gemm(cells && a.bits_v ? w.acc_z : w.acc_x, w.s, w.v, nq, tw, p.dv);
+        simd_gemm(transformed_v ? w.acc_z : w.acc_x, w.s, w.v, nq, tw, p.dv);
     }
 
     // rows [j0, j1): runs of one frame become tiles; where cells are out of order, mixed tiles
@@ -618,19 +890,24 @@ struct attn_worker {
         }
     }
 
-    // acc_x <- acc_x + B^-1 acc_z: everything in the value domain, not yet divided by l
+    // acc_x <- acc_x + l_z mean + (H acc_z)/scale: everything in the value domain, not yet divided by l
     void finish() {
         const auto & p = a.p;
-        if (!a.bits_v) {
+        if (a.form_v == PLAIN) {
             return;
+        }
+        const head_profile tables = a.tables_v(h);
+        float mean[MAX_HEAD], inv[MAX_HEAD];
+        for (int i = 0; i < p.dv; ++i) {
+            mean[i] = tables.v_mean  ? GGML_CPU_FP16_TO_FP32(tables.v_mean[i])       : 0.0f;
+            inv[i]  = tables.v_scale ? 1.0f/GGML_CPU_FP16_TO_FP32(tables.v_scale[i]) : 1.0f;
         }
         for (int r = 0; r < nq; ++r) {
             float * z = w.acc_z + r*p.dv;
             float * x = w.acc_x + r*p.dv;
             fwht_row(z, p.dv);
-            const float * mean = a.mean_v(h);
             for (int i = 0; i < p.dv; ++i) {
-                x[i] += z[i] + (mean ? w.l_z[r]*mean[i] : 0.0f);
+                x[i] += z[i]*inv[i] + w.l_z[r]*mean[i];
             }
         }
     }
@@ -662,9 +939,12 @@ static int64_t n_chunks(const attn_view & a) {
     return a.n_tokens <= 8 ? (a.n_virt + CHUNK - 1)/CHUNK : 1;
 }
 
-size_t ggml_seqkv_attn_work_size(const ggml_tensor * dst, int n_tasks) {
+size_t ggml_seqkv_work_size(const ggml_tensor * dst, int n_tasks) {
+    if (dst->op == GGML_OP_SEQKV_STORE) {
+        return store_floats(get_params(dst))*n_tasks*sizeof(float);
+    }
     const attn_view a(dst);
-    const size_t scratch  = attn_scratch::floats(a.p.dk, a.p.dv)*n_tasks;
+    const size_t scratch  = attn_scratch::floats(a)*n_tasks;
     const size_t partials = n_chunks(a) > 1 ? a.n_stream*a.n_tokens*a.n_head*n_chunks(a)*(a.p.dv + 2) : 0;
     return (scratch + partials)*sizeof(float);
 }
@@ -679,11 +959,11 @@ void ggml_compute_forward_seqkv_attn(const ggml_compute_params * params, ggml_te
     const auto & p = a.p;
 
     float * wdata = (float *) params->wdata;
-    const attn_scratch w(wdata + params->ith*attn_scratch::floats(p.dk, p.dv), p.dk, p.dv);
-    float * partials = wdata + params->nth*attn_scratch::floats(p.dk, p.dv); // (tokens, heads, chunks, dv + 2)
+    const attn_scratch w(wdata + params->ith*attn_scratch::floats(a), a);
+    float * partials = wdata + params->nth*attn_scratch::floats(a); // (tokens, heads, chunks, dv + 2)
 
     const int64_t nc      = n_chunks(a);
-    const int     tile_t  = std::max<int>(1, std::min<int64_t>(a.n_tokens, TILE_Q/a.group));
+    const int64_t tile_t  = attn_scratch::tile_tokens(a);
     const int64_t n_tiles = (a.n_tokens + tile_t - 1)/tile_t;
     const int64_t n_units = a.n_stream*n_tiles*p.n_head_kv*nc;
 

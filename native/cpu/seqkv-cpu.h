@@ -13,8 +13,8 @@ void   ggml_compute_forward_seqkv_frame(const struct ggml_compute_params * param
 void   ggml_compute_forward_seqkv_store(const struct ggml_compute_params * params, struct ggml_tensor * dst);
 void   ggml_compute_forward_seqkv_attn (const struct ggml_compute_params * params, struct ggml_tensor * dst);
 
-// bytes of work buffer of the attention op on n_tasks threads
-size_t ggml_seqkv_attn_work_size(const struct ggml_tensor * dst, int n_tasks);
+// bytes of work buffer of a SEQKV_STORE or SEQKV_ATTN on n_tasks threads
+size_t ggml_seqkv_work_size(const struct ggml_tensor * dst, int n_tasks);
 
 #ifdef __cplusplus
 }

@@ -15,7 +15,7 @@
 #include <cstring>
 #include <stdexcept>
 
-static constexpr uint32_t STATE_MAGIC = 0x31564b53; // "SKV1"
+static constexpr uint32_t STATE_MAGIC = 0x32564b53; // "SKV2"
 
 // FNV-1a, 64 bits
 static uint64_t hash_bytes(uint64_t h, const void * data, size_t n) {
@@ -124,17 +124,43 @@ llama_seqkv * llama_seqkv::of(llama_memory_i * memory) {
     return nullptr;
 }
 
-llama_seqkv::llama_seqkv(llama_kv_cache & kv) : kv(kv) {
-    static const llama_seqkv_config config_default;
-    const llama_seqkv_config & config = kv.model.seqkv ? *kv.model.seqkv : config_default;
+bool llama_seqkv::uses(const llama_model & model, ggml_type type_k, ggml_type type_v) {
+    return is_type(type_k) || is_type(type_v) || (model.seqkv && model.seqkv->any_type && (ggml_is_quantized(type_k) || ggml_is_quantized(type_v)));
+}
 
+ggml_type llama_seqkv::layer_type(const llama_model & model, ggml_type type, int32_t il, bool is_key) {
+    const int bits = ggml_seqkv_bits(type);
+    if (bits == 0 || !model.seqkv || model.seqkv->layers.count(il) == 0) {
+        return type;
+    }
+    const auto & l = model.seqkv->layers.at(il);
+    return ggml_seqkv_type(is_key ? l.k_bits[bits] : l.v_bits[bits], is_key);
+}
+
+// identity of what a profile does to the bytes of a cache, 0: no profile
+static uint64_t hash_profile(const llama_seqkv_config & config) {
+    uint64_t h = config.layers.empty() ? 0 : HASH_INIT;
+    for (const auto & [il, l] : config.layers) {
+        h = hash_bytes(h, &il, sizeof(il));
+        h = hash_bytes(h, l.k_mean .data(), l.k_mean .size()*sizeof(float));
+        h = hash_bytes(h, l.enc    .data(), l.enc    .size()*sizeof(ggml_fp16_t));
+        h = hash_bytes(h, l.v_mean .data(), l.v_mean .size()*sizeof(float));
+        h = hash_bytes(h, l.v_scale.data(), l.v_scale.size()*sizeof(float));
+        h = hash_bytes(h, l.k_bits, sizeof(l.k_bits));
+        h = hash_bytes(h, l.v_bits, sizeof(l.v_bits));
+    }
+    return h;
+}
+
+llama_seqkv::llama_seqkv(llama_kv_cache & kv, ggml_type type_k, ggml_type type_v) : kv(kv), type_k(type_k), type_v(type_v),
+    config(kv.model.seqkv ? kv.model.seqkv : std::make_shared<llama_seqkv_config>()) {
     if (kv.other) {
-        throw std::runtime_error("the seqkv types cannot share another context's cache: use f16 for the draft context");
+        throw std::runtime_error("a seqkv cache cannot be shared with another context: use f16 for the draft context");
     }
 
-    n_sink   = config.n_sink;
-    n_window = config.n_window;
-    model_id = config.model_id;
+    n_sink   = config->n_sink;
+    n_window = config->n_window;
+    model_id = config->model_id;
     n_slots  = std::max<uint32_t>(1, (kv.n_stream > 1 ? 1 : kv.n_seq_max)*(n_sink + n_window));
 
     const uint32_t kv_size = kv.get_size();
@@ -145,52 +171,36 @@ llama_seqkv::llama_seqkv(llama_kv_cache & kv) : kv(kv) {
     }
 
     // window and profile tensors live with the layer's K
-    std::map<ggml_backend_buffer_type_t, ggml_context_ptr> ctxs;
-    profile_hash = config.means.empty() ? 0 : HASH_INIT;
-    for (const auto & l : kv.layers) {
-        ggml_backend_buffer_type_t buft = ggml_backend_buffer_get_type(l.k->buffer);
+    std::map<ggml_backend_buffer_type_t, ggml_context_ptr> win_ctxs, prof_ctxs;
+    const auto context_of = [&](auto & ctxs, ggml_backend_buffer_type_t buft) {
         auto & ctx = ctxs[buft];
         if (!ctx) {
-            ctx.reset(ggml_init({ 2*kv.layers.size()*ggml_tensor_overhead(), nullptr, true }));
+            ctx.reset(ggml_init({ kv.layers.size()*ggml_tensor_overhead(), nullptr, true }));
         }
+        return ctx.get();
+    };
+    for (const auto & l : kv.layers) {
+        ggml_backend_buffer_type_t buft = ggml_backend_buffer_get_type(l.k->buffer);
 
         layer res;
         res.il  = l.il;
-        const int64_t row = l.k->ne[0] + l.v->ne[0];
-        res.win = ggml_new_tensor_3d(ctx.get(), GGML_TYPE_F16, row, n_slots, kv.n_stream);
+        res.win = ggml_new_tensor_3d(context_of(win_ctxs, buft), GGML_TYPE_F16, l.k->ne[0] + l.v->ne[0], n_slots, kv.n_stream);
         ggml_format_name(res.win, "cache_win_l%d", l.il);
 
-        if (auto it = config.means.find(l.il); it != config.means.end()) {
-            GGML_ASSERT((int64_t) it->second.size() == row); // checked by llama_seqkv_configure
-            res.means = it->second;
-            res.prof  = ggml_new_tensor_1d(ctx.get(), GGML_TYPE_F32, row);
+        // without seqkv types there is nothing that the profile applies to
+        if (config->layers.count(l.il) && (ggml_seqkv_bits(l.k->type) || ggml_seqkv_bits(l.v->type))) {
+            const int64_t stride = ggml_seqkv_prof_stride(kv.hparams.n_embd_head_k(l.il), kv.hparams.n_embd_head_v(l.il));
+            res.prof = ggml_new_tensor_1d(context_of(prof_ctxs, buft), GGML_TYPE_F16, kv.hparams.n_head_kv(l.il)*stride);
             ggml_format_name(res.prof, "seqkv_prof_l%d", l.il);
-            profile_hash = hash_bytes(profile_hash, res.means.data(), res.means.size()*sizeof(float));
         }
         layers.push_back(std::move(res));
     }
 
-    size_t size = 0;
-    for (auto & [buft, ctx] : ctxs) {
-        ggml_backend_buffer_t buf;
-        if (kv.hparams.no_alloc) {
-            buf = ggml_backend_buft_alloc_buffer(buft, 0);
-            for (ggml_tensor * t = ggml_get_first_tensor(ctx.get()); t; t = ggml_get_next_tensor(ctx.get(), t)) {
-                t->buffer = buf;
-            }
-        } else {
-            buf = ggml_backend_alloc_ctx_tensors_from_buft(ctx.get(), buft);
-        }
-        if (!buf) {
-            throw std::runtime_error("failed to allocate the exact window of the seqkv cache");
-        }
-        ggml_backend_buffer_clear(buf, 0);
-        size += ggml_backend_buffer_get_size(buf);
-        kv.ctxs_bufs.emplace_back(std::move(ctx), buf);
-    }
+    const size_t win_size  = allocate(win_ctxs,  kv.ctxs_bufs);
+    const size_t prof_size = allocate(prof_ctxs, prof_bufs);
 
-    model_hash = hash_model(kv.model);
-    upload_profile();
+    model_hash   = hash_model(kv.model);
+    profile_hash = hash_profile(*config);
 
     // The ops have to run where the cache lives. Ask before the first graph, so that nothing falls back to the CPU unnoticed.
     for (const auto & l : kv.layers) {
@@ -206,28 +216,88 @@ llama_seqkv::llama_seqkv(llama_kv_cache & kv) : kv(kv) {
         }
     }
 
-    LLAMA_LOG_INFO("%s: exact window: %d sinks + %d last tokens per sequence, %u slots, %.2f MiB; profile: %s\n", __func__,
-            n_sink, n_window, n_slots, size/1024.0/1024.0, config.means.empty() ? "none, no means are subtracted" : config.profile.c_str());
+    LLAMA_LOG_INFO("%s: exact window: %d sinks + %d last tokens per sequence, %u slots, %.2f MiB; %.3f bits per value; profile: %s, %.2f MiB\n", __func__,
+            n_sink, n_window, n_slots, win_size/1024.0/1024.0, bits(), config->layers.empty() ? "none" : config->profile.c_str(), prof_size/1024.0/1024.0);
 }
 
+size_t llama_seqkv::allocate(std::map<ggml_backend_buffer_type_t, ggml_context_ptr> & ctxs, buffers & bufs) const {
+    size_t size = 0;
+    for (auto & [buft, ctx] : ctxs) {
+        ggml_backend_buffer_t buf;
+        if (kv.hparams.no_alloc) {
+            buf = ggml_backend_buft_alloc_buffer(buft, 0);
+            for (ggml_tensor * t = ggml_get_first_tensor(ctx.get()); t; t = ggml_get_next_tensor(ctx.get(), t)) {
+                t->buffer = buf;
+            }
+        } else {
+            buf = ggml_backend_alloc_ctx_tensors_from_buft(ctx.get(), buft);
+        }
+        if (!buf) {
+            throw std::runtime_error("failed to allocate the exact window and the tables of the seqkv cache");
+        }
+        ggml_backend_buffer_clear(buf, 0);
+        size += ggml_backend_buffer_get_size(buf);
+        bufs.emplace_back(std::move(ctx), buf);
+    }
+    return size;
+}
+
+// prof of ggml-seqkv.h for every layer; RoPE is known
 void llama_seqkv::upload_profile() {
     if (kv.hparams.no_alloc) {
         return;
     }
+    std::vector<ggml_fp16_t> prof;
     for (const auto & l : layers) {
-        if (l.prof) {
-            ggml_backend_tensor_set(l.prof, l.means.data(), 0, ggml_nbytes(l.prof));
+        if (!l.prof) {
+            continue;
         }
+        const auto & from = config->layers.at(l.il);
+        const auto & rope = rope_sets[l.rot_set];
+        const int64_t dk = kv.hparams.n_embd_head_k(l.il), dv = kv.hparams.n_embd_head_v(l.il), n_pair = rope.freq.size();
+
+        prof.clear();
+        for (uint32_t h = 0; h < kv.hparams.n_head_kv(l.il); ++h) {
+            const ggml_fp16_t * enc  = from.enc.data() + h*dk*dk;
+            const float       * mean = from.k_mean.data() + h*dk;
+            prof.insert(prof.end(), enc, enc + dk*dk);
+            prof.insert(prof.end(), from.dec.data() + h*dk*dk, from.dec.data() + (h + 1)*dk*dk);
+
+            std::vector<float> e(dk*dk);
+            ggml_fp16_to_fp32_row(enc, e.data(), dk*dk);
+            for (int32_t off = 0; off < SEQKV_FRAME; ++off) {
+                std::vector<double> x(mean, mean + dk); // R(off) mean
+                for (int64_t i = 0; i < n_pair; ++i) {
+                    double & a = x[rope.neox ? i          : 2*i];
+                    double & b = x[rope.neox ? i + n_pair : 2*i + 1];
+                    const double c = std::cos((double) off*rope.freq[i]), s = std::sin((double) off*rope.freq[i]);
+                    const double u = a*c - b*s;
+                    b = a*s + b*c;
+                    a = u;
+                }
+                for (int64_t r = 0; r < dk; ++r) {
+                    double sum = 0.0;
+                    for (int64_t i = 0; i < dk; ++i) {
+                        sum += e[r*dk + i]*x[i];
+                    }
+                    prof.push_back(ggml_fp32_to_fp16((float) sum));
+                }
+            }
+            for (const auto * values : { &from.v_mean, &from.v_scale }) {
+                for (int64_t i = 0; i < dv; ++i) {
+                    prof.push_back(ggml_fp32_to_fp16((*values)[h*dv + i]));
+                }
+            }
+        }
+        GGML_ASSERT(prof.size()*sizeof(ggml_fp16_t) == ggml_nbytes(l.prof));
+        ggml_backend_tensor_set(l.prof, prof.data(), 0, ggml_nbytes(l.prof));
     }
 }
 
-void llama_seqkv::clear(bool data) {
+void llama_seqkv::clear() {
     for (auto & st : streams) {
         std::fill(st.cell.begin(), st.cell.end(), -1);
         std::fill(st.slot.begin(), st.slot.end(), -1);
-    }
-    if (data) {
-        upload_profile();
     }
 }
 
@@ -372,6 +442,8 @@ void llama_seqkv::init_rope(const llama_cparams & cparams) {
     }
     rot_origins.clear();
     rot_rows.assign(rope_sets.size(), {});
+
+    upload_profile();
 }
 
 void llama_seqkv::rot_row(const llama_seqkv_rope_t & rope, int32_t p, float * cs) const {
@@ -388,8 +460,8 @@ void llama_seqkv::rot_row(const llama_seqkv_rope_t & rope, int32_t p, float * cs
 
 void llama_seqkv::state_write_header(llama_io_write_i & io) const {
     io.write(&STATE_MAGIC, sizeof(STATE_MAGIC));
-    io.write_string(ggml_type_name(kv.type_k()));
-    io.write_string(ggml_type_name(kv.type_v()));
+    io.write_string(ggml_type_name(type_k)); // with the profile, these say the types of all layers
+    io.write_string(ggml_type_name(type_v));
     io.write(&n_sink,       sizeof(n_sink));
     io.write(&n_window,     sizeof(n_window));
     io.write_string(model_id);
@@ -414,11 +486,11 @@ void llama_seqkv::state_read_header(llama_io_read_i & io) const {
     if (magic != STATE_MAGIC) {
         throw std::runtime_error("not a state of a seqkv cache: it was saved with other cache types");
     }
-    const std::string type_k = read_short_string(io);
-    const std::string type_v = read_short_string(io);
-    if (type_k != ggml_type_name(kv.type_k()) || type_v != ggml_type_name(kv.type_v())) {
+    const std::string name_k = read_short_string(io);
+    const std::string name_v = read_short_string(io);
+    if (name_k != ggml_type_name(type_k) || name_v != ggml_type_name(type_v)) {
         throw std::runtime_error(format("state of cache types %s:%s, but the context has %s:%s",
-                    type_k.c_str(), type_v.c_str(), ggml_type_name(kv.type_k()), ggml_type_name(kv.type_v())));
+                    name_k.c_str(), name_v.c_str(), ggml_type_name(type_k), ggml_type_name(type_v)));
     }
     int32_t sink, window;
     io.read(&sink,   sizeof(sink));
@@ -534,6 +606,34 @@ size_t llama_seqkv::bytes_used(const llama_kv_cache & kv) {
         }
     }
     return res;
+}
+
+double llama_seqkv::bits() const {
+    double bytes = 0.0, values = 0.0;
+    for (const auto & l : kv.layers) {
+        for (const ggml_tensor * t : { l.k, l.v }) {
+            bytes  += ggml_row_size(t->type, t->ne[0]);
+            values += t->ne[0];
+        }
+    }
+    return values > 0.0 ? 8.0*bytes/values : 0.0;
+}
+
+size_t llama_seqkv::profile_bytes() const {
+    std::map<ggml_backend_buffer_type_t, size_t> sizes;
+    memory_breakdown(sizes);
+    size_t res = 0;
+    for (const auto & [_, size] : sizes) {
+        res += size;
+    }
+    return res;
+}
+
+void llama_seqkv::memory_breakdown(std::map<ggml_backend_buffer_type_t, size_t> & sizes) const {
+    for (const auto & [ctx, buf] : prof_bufs) {
+        ggml_backend_buffer_type_t buft = ggml_backend_buffer_get_type(buf.get());
+        sizes[buft] += kv.hparams.no_alloc ? ggml_backend_alloc_ctx_tensors_from_buft_size(ctx.get(), buft) : ggml_backend_buffer_get_size(buf.get());
+    }
 }
 
 //
@@ -699,9 +799,9 @@ ggml_tensor * llm_graph_input_seqkv::build_attn(ggml_context * ctx, ggml_cgraph 
 
         const auto flat = [&](ggml_tensor * t) { return ggml_reshape_2d(ctx, t, t->ne[0], t->ne[1]*t->ne[2]); };
         params.part = GGML_SEQKV_KEY;
-        ggml_build_forward_expand(gf, ggml_seqkv_store(ctx, flat(kvl.k), cur[ikv], k_idxs, meta, rot, l.prof, params));
+        ggml_build_forward_expand(gf, ggml_seqkv_store(ctx, flat(kvl.k), cur[ikv], k_idxs, meta, l.prof, params));
         params.part = GGML_SEQKV_VALUE;
-        ggml_build_forward_expand(gf, ggml_seqkv_store(ctx, flat(kvl.v), cur[ikv], v_idxs, meta, rot, l.prof, params));
+        ggml_build_forward_expand(gf, ggml_seqkv_store(ctx, flat(kvl.v), cur[ikv], v_idxs, meta, l.prof, params));
     }
     GGML_ASSERT(cur.count(ikv) && "a layer shares a cache that no earlier layer has written");
 
@@ -716,7 +816,7 @@ ggml_tensor * llm_graph_input_seqkv::build_attn(ggml_context * ctx, ggml_cgraph 
     if (store) {
         params.part = GGML_SEQKV_ROW;
         ggml_build_forward_expand(gf, ggml_seqkv_store(ctx, ggml_reshape_2d(ctx, l.win, l.win->ne[0], l.win->ne[1]*l.win->ne[2]),
-                    cur[ikv], win_idxs, meta, rot, nullptr, params));
+                    cur[ikv], win_idxs, meta, nullptr, params));
     }
 
     return ggml_reshape_2d(ctx, res, res->ne[0]*res->ne[1], res->ne[2]);

@@ -11,6 +11,7 @@
 #include "llama-kv-cells.h"
 
 #include "../ggml-seqkv.h"
+#include "ggml-cpp.h"
 
 #include <cstdint>
 #include <map>
@@ -26,8 +27,16 @@ class llama_io_read_i;
 struct llama_memory_i;
 struct llama_memory_context_i;
 
-// means of a layer as in prof of ggml-seqkv.h
-using llama_seqkv_means = std::vector<float>;
+// what a profile says of a layer
+struct llama_seqkv_layer_profile {
+    std::vector<float>       k_mean; // (n_head_kv, dk)      mean of a key before RoPE
+    std::vector<ggml_fp16_t> enc;    // (n_head_kv, dk, dk)  E
+    std::vector<ggml_fp16_t> dec;    // (n_head_kv, dk, dk)  D, the inverse of E
+    std::vector<float>       v_mean; // (n_head_kv, dv)
+    std::vector<float>       v_scale;
+    int32_t k_bits[5] = { 0, 1, 2, 3, 4 }; // bits of the layer's K and V by nominal bits
+    int32_t v_bits[5] = { 0, 1, 2, 3, 4 };
+};
 
 // what llama_seqkv_configure() sets, owned by the model
 struct llama_seqkv_config {
@@ -35,7 +44,8 @@ struct llama_seqkv_config {
     int32_t     n_window = 64;
     std::string model_id;
     std::string profile; // path, for messages
-    std::map<int32_t, llama_seqkv_means> means; // by layer; empty: no profile
+    bool        any_type = false;
+    std::map<int32_t, llama_seqkv_layer_profile> layers; // empty: no profile
 };
 
 // RoPE of a layer: angle per position of each rotated pair
@@ -51,20 +61,24 @@ llama_seqkv_rope_t llama_seqkv_layer_rope(const llama_model & model, const llama
 
 class llama_seqkv {
 public:
-    static bool is_type(ggml_type type) { return ggml_seqkv_bits(type) != 0; }
-    static bool uses(ggml_type type_k, ggml_type type_v) { return is_type(type_k) || is_type(type_v); }
+    // a type that contexts name; their layers may have others, see layer_type
+    static bool is_type(ggml_type type) { return ggml_seqkv_bits(type) >= 2 && !ggml_seqkv_graded(type); }
+    // whether contexts of these types have a seqkv cache
+    static bool uses(const llama_model & model, ggml_type type_k, ggml_type type_v);
+    // type of a layer's K or V in a context of that type
+    static ggml_type layer_type(const llama_model & model, ggml_type type, int32_t il, bool is_key);
 
     // the seqkv part of a memory module, nullptr: it has none
     static llama_seqkv * of(llama_memory_i * memory);
 
-    // kv: its layers exist and are allocated
-    explicit llama_seqkv(llama_kv_cache & kv);
+    // kv: its layers exist and are allocated; types as given with the context
+    llama_seqkv(llama_kv_cache & kv, ggml_type type_k, ggml_type type_v);
 
     //
     // cells
     //
 
-    void clear(bool data);
+    void clear();
     void stream_copy(uint32_t ssrc, uint32_t sdst); // slots, when the cells are copied
     void stream_copy_data(uint32_t ssrc, uint32_t sdst);
 
@@ -86,14 +100,17 @@ public:
     // bytes of the cells in use of a cache of any types, exact rows included
     static size_t bytes_used(const llama_kv_cache & kv);
 
+    double bits() const;          // per value of K and V, window and tables not counted
+    size_t profile_bytes() const; // of the tables of the profile
+    void   memory_breakdown(std::map<ggml_backend_buffer_type_t, size_t> & sizes) const; // adds the tables of the profile
+
 private:
     friend class llm_graph_input_seqkv;
 
     struct layer {
         uint32_t il;
         ggml_tensor * win  = nullptr; // F16 [row, n_slots, n_stream]
-        ggml_tensor * prof = nullptr; // F32 [row] or nullptr
-        llama_seqkv_means means;      // what prof holds
+        ggml_tensor * prof = nullptr; // F16, see ggml-seqkv.h, or nullptr
         int32_t rot_set = 0;
     };
 
@@ -105,7 +122,11 @@ private:
         void drop_slot(int32_t s);
     };
 
+    using buffers = std::vector<std::pair<ggml_context_ptr, ggml_backend_buffer_ptr>>;
+
     llama_kv_cache & kv;
+    const ggml_type type_k, type_v;
+    std::shared_ptr<const llama_seqkv_config> config;
     int32_t  n_sink, n_window;
     uint32_t n_slots;            // per stream
     std::string model_id;
@@ -114,6 +135,7 @@ private:
 
     std::vector<layer> layers;   // in the order of kv.layers
     std::vector<slots> streams;
+    buffers prof_bufs; // beside those of the cache, since these are cleared
 
     // RoPE, known once the first graph is built
     std::vector<llama_seqkv_rope_t> rope_sets;
@@ -138,6 +160,7 @@ private:
     uint32_t first_slot(llama_seq_id seq_id) const; // of the n_sink + n_window that a sequence prefers
     bool is_sink(llama_pos p) const { return p < n_sink; }
     void upload_profile();
+    size_t allocate(std::map<ggml_backend_buffer_type_t, ggml_context_ptr> & ctxs, buffers & bufs) const; // bytes
     void rot_row(const llama_seqkv_rope_t & rope, int32_t p, float * cs) const;
 };
 

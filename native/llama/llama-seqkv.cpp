@@ -15,8 +15,10 @@
 #include <cmath>
 #include <cstdio>
 #include <cstring>
+#include <numeric>
 #include <set>
 #include <stdexcept>
+#include <utility>
 
 static int32_t fail(char * err, size_t n_err, const std::string & text) {
     if (err && n_err > 0) {
@@ -27,7 +29,7 @@ static int32_t fail(char * err, size_t n_err, const std::string & text) {
 
 llama_seqkv_params llama_seqkv_default_params(void) {
     const llama_seqkv_config config;
-    return { nullptr, nullptr, config.n_sink, config.n_window };
+    return { nullptr, nullptr, config.n_sink, config.n_window, config.any_type };
 }
 
 //
@@ -44,6 +46,140 @@ static bool is_seqkv_layer(const llama_hparams & hparams, uint32_t il) {
     return hparams.has_kv(il) && !hparams.is_swa(il) && !hparams.is_recr(il);
 }
 
+// D = E^-1, both (n, n) and row-major, D rounded to f16. Returns false if D is not an inverse: |E D - I| > 0.05 or not finite.
+static bool invert(const ggml_fp16_t * enc, int64_t n, ggml_fp16_t * dec) {
+    std::vector<double> e(n*n), a(n*n), d(n*n, 0.0);
+    for (int64_t i = 0; i < n*n; ++i) {
+        a[i] = e[i] = ggml_fp16_to_fp32(enc[i]);
+    }
+    for (int64_t i = 0; i < n; ++i) {
+        d[i*n + i] = 1.0;
+    }
+    for (int64_t c = 0; c < n; ++c) { // Gauss-Jordan, partial pivoting
+        int64_t pivot = c;
+        for (int64_t r = c + 1; r < n; ++r) {
+            if (std::abs(a[r*n + c]) > std::abs(a[pivot*n + c])) {
+                pivot = r;
+            }
+        }
+        if (!(std::abs(a[pivot*n + c]) > 0.0)) {
+            return false;
+        }
+        std::swap_ranges(&a[c*n], &a[c*n] + n, &a[pivot*n]);
+        std::swap_ranges(&d[c*n], &d[c*n] + n, &d[pivot*n]);
+        const double f = 1.0/a[c*n + c];
+        for (int64_t i = 0; i < n; ++i) {
+            a[c*n + i] *= f;
+            d[c*n + i] *= f;
+        }
+        for (int64_t r = 0; r < n; ++r) {
+            const double g = a[r*n + c];
+            if (r == c || g == 0.0) {
+                continue;
+            }
+            for (int64_t i = 0; i < n; ++i) {
+                a[r*n + i] -= g*a[c*n + i];
+                d[r*n + i] -= g*d[c*n + i];
+            }
+        }
+    }
+    for (int64_t i = 0; i < n*n; ++i) {
+        dec[i] = ggml_fp32_to_fp16((float) d[i]);
+        d[i]   = ggml_fp16_to_fp32(dec[i]);
+    }
+    std::vector<double> row(n);
+    for (int64_t r = 0; r < n; ++r) {
+        std::fill(row.begin(), row.end(), 0.0);
+        for (int64_t c = 0; c < n; ++c) {
+            for (int64_t i = 0; i < n; ++i) {
+                row[i] += e[r*n + c]*d[c*n + i];
+            }
+        }
+        for (int64_t i = 0; i < n; ++i) {
+            if (!(std::abs(row[i] - (i == r)) <= 0.05)) {
+                return false;
+            }
+        }
+    }
+    return true;
+}
+
+// bits of each layer by a profile's array, false: the profile has none
+static bool profile_bits(const gguf_context * gguf, const std::string & key, std::vector<int32_t> & bits, const llama_hparams & hparams, const char * path) {
+    const int64_t id = gguf_find_key(gguf, key.c_str());
+    if (id < 0) {
+        return false;
+    }
+    const bool array = gguf_get_kv_type(gguf, id) == GGUF_TYPE_ARRAY;
+    const enum gguf_type type = array ? gguf_get_arr_type(gguf, id) : GGUF_TYPE_COUNT;
+    if (type != GGUF_TYPE_UINT8 && type != GGUF_TYPE_INT32) {
+        throw std::runtime_error(format("profile %s: %s is not an array of uint8 or int32: make it again with calibrate", path, key.c_str()));
+    }
+    const size_t n = gguf_get_arr_n(gguf, id);
+    if (n != hparams.n_layer_all && n != hparams.n_layer()) {
+        throw std::runtime_error(format("profile %s does not fit the model: %s has %d entries for %u layers", path, key.c_str(), (int) n, hparams.n_layer_all));
+    }
+    bits.assign(hparams.n_layer_all, 0);
+    for (size_t i = 0; i < n; ++i) {
+        bits[i] = type == GGUF_TYPE_UINT8 ? ((const uint8_t *) gguf_get_arr_data(gguf, id))[i] : ((const int32_t *) gguf_get_arr_data(gguf, id))[i];
+        if (bits[i] < 0 || bits[i] > 4) {
+            throw std::runtime_error(format("profile %s is damaged: %s gives %d bits to layer %d, possible are 1 to 4", path, key.c_str(), bits[i], (int) i));
+        }
+    }
+    return true;
+}
+
+// finite as they are and in f16
+static bool all_finite(const std::vector<float> & values) {
+    return std::all_of(values.begin(), values.end(), [](float x) { return std::isfinite(ggml_fp16_to_fp32(ggml_fp32_to_fp16(x))); });
+}
+
+static void load_layer(const llama_hparams & hparams, ggml_context * ctx, uint32_t il, const char * path, llama_seqkv_config & config) {
+    const int64_t dk = hparams.n_embd_head_k(il), dv = hparams.n_embd_head_v(il), h = hparams.n_head_kv(il);
+
+    const auto find = [&](const char * part) { return ggml_get_tensor(ctx, format("blk.%u.%s", il, part).c_str()); };
+    const ggml_tensor * k_mean = find("k_mean"), * k_encode = find("k_encode"), * v_mean = find("v_mean"), * v_scale = find("v_scale");
+    if (!k_mean && !k_encode && !v_mean && !v_scale && il >= hparams.n_layer()) {
+        return; // layers of a draft head that the calibration pass does not run
+    }
+    const auto fits = [](const ggml_tensor * t, ggml_type type, int64_t n0, int64_t n1, int64_t n2) {
+        return t && t->type == type && t->ne[0] == n0 && t->ne[1] == n1 && t->ne[2] == n2 && t->ne[3] == 1;
+    };
+    if (!fits(k_mean, GGML_TYPE_F32, dk, h, 1) || !fits(k_encode, GGML_TYPE_F16, dk, dk, h) ||
+        !fits(v_mean, GGML_TYPE_F32, dv, h, 1) || !fits(v_scale,  GGML_TYPE_F32, dv, h, 1)) {
+        throw std::runtime_error(format("profile %s does not fit the model: layer %u has %d KV heads of %d and %d values", path, il, (int) h, (int) dk, (int) dv));
+    }
+    const auto floats = [](const ggml_tensor * t) { return std::vector<float>((const float *) t->data, (const float *) t->data + ggml_nelements(t)); };
+
+    auto & l  = config.layers[il];
+    l.k_mean  = floats(k_mean);
+    l.v_mean  = floats(v_mean);
+    l.v_scale = floats(v_scale);
+    l.enc.assign((const ggml_fp16_t *) k_encode->data, (const ggml_fp16_t *) k_encode->data + h*dk*dk);
+    l.dec.resize(h*dk*dk);
+
+    std::vector<float> enc(h*dk*dk);
+    ggml_fp16_to_fp32_row(l.enc.data(), enc.data(), enc.size());
+    if (!all_finite(l.k_mean) || !all_finite(l.v_mean) || !all_finite(l.v_scale) || !all_finite(enc)) {
+        throw std::runtime_error(format("profile %s is damaged: layer %u has values that are not finite", path, il));
+    }
+    if (!std::all_of(l.v_scale.begin(), l.v_scale.end(), [](float x) { return ggml_fp16_to_fp32(ggml_fp32_to_fp16(x)) > 0.0f; })) {
+        throw std::runtime_error(format("profile %s is damaged: layer %u has a scale that is not positive", path, il));
+    }
+    for (int64_t i = 0; i < h; ++i) {
+        if (!invert(l.enc.data() + i*dk*dk, dk, l.dec.data() + i*dk*dk)) {
+            throw std::runtime_error(format("profile %s is damaged: the key transform of layer %u, head %d has no inverse", path, il, (int) i));
+        }
+        // |E R(offset) mean| <= |row of E| |mean|
+        const auto norm = [&](const float * x) { return std::sqrt(std::inner_product(x, x + dk, x, 0.0)); };
+        for (int64_t r = 0; r < dk; ++r) {
+            if (norm(&enc[(i*dk + r)*dk])*norm(&l.k_mean[i*dk]) > 65504.0) {
+                throw std::runtime_error(format("profile %s is damaged: the prediction of layer %u, head %d is beyond the range of f16", path, il, (int) i));
+            }
+        }
+    }
+}
+
 static void load_profile(const llama_model & model, llama_seqkv_config & config) {
     const auto & hparams = model.hparams;
     const char * path    = config.profile.c_str();
@@ -58,7 +194,7 @@ static void load_profile(const llama_model & model, llama_seqkv_config & config)
         throw std::runtime_error(format("%s is not a seqkv profile", path));
     }
     const int64_t version = gguf_find_key(gguf.get(), "seqkv.profile.version");
-    if (version < 0 || gguf_get_kv_type(gguf.get(), version) != GGUF_TYPE_UINT32 || gguf_get_val_u32(gguf.get(), version) != 1) {
+    if (version < 0 || gguf_get_kv_type(gguf.get(), version) != GGUF_TYPE_UINT32 || gguf_get_val_u32(gguf.get(), version) != 2) {
         throw std::runtime_error(format("profile %s has a version that this build does not know: make it again with calibrate", path));
     }
     const std::string id = profile_string(gguf.get(), "seqkv.profile.model_id");
@@ -67,29 +203,22 @@ static void load_profile(const llama_model & model, llama_seqkv_config & config)
     }
 
     for (uint32_t il = 0; il < hparams.n_layer_all; ++il) {
-        if (!is_seqkv_layer(hparams, il)) {
-            continue;
+        if (is_seqkv_layer(hparams, il)) {
+            load_layer(hparams, ctx.get(), il, path, config);
         }
-        const int64_t dk = hparams.n_embd_head_k(il), dv = hparams.n_embd_head_v(il), h = hparams.n_head_kv(il);
-        const ggml_tensor * k = ggml_get_tensor(ctx.get(), format("blk.%u.k_mean", il).c_str());
-        const ggml_tensor * v = ggml_get_tensor(ctx.get(), format("blk.%u.v_mean", il).c_str());
-        const auto fits = [h](const ggml_tensor * t, int64_t d) {
-            return t && t->type == GGML_TYPE_F32 && t->ne[0] == d && t->ne[1] == h && t->ne[2] == 1 && t->ne[3] == 1;
-        };
-        if (!k && !v && il >= hparams.n_layer()) {
-            continue; // layers of a draft head that the calibration pass does not run
-        }
-        if (!fits(k, dk) || !fits(v, dv)) {
-            throw std::runtime_error(format("profile %s does not fit the model: layer %u needs means of %d x %d and %d x %d",
-                        path, il, (int) dk, (int) h, (int) dv, (int) h));
-        }
-        auto & means = config.means[il];
-        means.resize(h*(dk + dv));
-        memcpy(means.data(),        k->data, h*dk*sizeof(float));
-        memcpy(means.data() + h*dk, v->data, h*dv*sizeof(float));
-        for (const float x : means) {
-            if (!std::isfinite(x)) {
-                throw std::runtime_error(format("profile %s is damaged: layer %u has a mean that is not finite", path, il));
+    }
+    for (int nominal = 2; nominal <= 4; ++nominal) {
+        for (const bool is_key : { true, false }) {
+            const std::string key = format("seqkv.profile.seqkv%d.%c_bits", nominal, is_key ? 'k' : 'v');
+            std::vector<int32_t> bits;
+            if (!profile_bits(gguf.get(), key, bits, hparams, path)) {
+                continue;
+            }
+            for (auto & [il, l] : config.layers) {
+                if (bits[il] == 0) {
+                    throw std::runtime_error(format("profile %s is damaged: %s gives 0 bits to layer %d, possible are 1 to 4", path, key.c_str(), il));
+                }
+                (is_key ? l.k_bits : l.v_bits)[nominal] = bits[il];
             }
         }
     }
@@ -108,6 +237,7 @@ int32_t llama_seqkv_configure(llama_model * model, const llama_seqkv_params * pa
         config->n_window = params->n_window;
         config->model_id = params->model_id ? params->model_id : "";
         config->profile  = params->profile  ? params->profile  : "";
+        config->any_type = params->any_type;
         if (config->model_id.size() > 64) {
             throw std::runtime_error("model_id has more than 64 characters");
         }
@@ -130,7 +260,12 @@ int32_t llama_seqkv_check(const llama_model * model, int32_t type_k, int32_t typ
         return fail(err, n_err, "unknown cache type");
     }
     const ggml_type tk = (ggml_type) type_k, tv = (ggml_type) type_v;
-    if (!llama_seqkv::uses(tk, tv)) {
+    for (const ggml_type t : { tk, tv }) {
+        if (ggml_seqkv_bits(t) && !llama_seqkv::is_type(t)) {
+            return fail(err, n_err, format("%s is a type of single layers: use seqkv2, seqkv3 or seqkv4", ggml_type_name(t)));
+        }
+    }
+    if (!llama_seqkv::uses(*model, tk, tv)) {
         return 0;
     }
     const auto & hparams = model->hparams;
@@ -273,6 +408,16 @@ size_t llama_seqkv_compute_bytes(const llama_context * ctx) {
     return res;
 }
 
+size_t llama_seqkv_profile_bytes(const llama_context * ctx) {
+    const llama_seqkv * seqkv = llama_seqkv::of(ctx->get_memory());
+    return seqkv ? seqkv->profile_bytes() : 0;
+}
+
+double llama_seqkv_bits(const llama_context * ctx) {
+    const llama_seqkv * seqkv = llama_seqkv::of(ctx->get_memory());
+    return seqkv ? seqkv->bits() : 0.0;
+}
+
 int32_t llama_seqkv_rope(const llama_context * ctx, int32_t il, float * freq, int32_t n, int32_t * neox) {
     const auto & model = ctx->get_model();
     if (il < 0 || il >= (int32_t) model.hparams.n_layer_all) {
@@ -291,114 +436,189 @@ int32_t llama_seqkv_rope(const llama_context * ctx, int32_t il, float * freq, in
 //
 
 struct llama_seqkv_collector {
-    struct layer {
-        int64_t n_k = 0, n_v = 0;   // positions seen, skipped ones included
-        std::vector<double> k, v;   // sums
-        llama_seqkv_rope_t rope;
-    };
-    const llama_model * model;
-    int32_t n_skip;
-    std::map<int32_t, layer> layers;
+    const llama_model * model = nullptr;
+    llama_seqkv_rows_t  fn    = nullptr;
+    void *              user  = nullptr;
+
+    std::map<int32_t, int32_t> n_seen; // layer -> tokens reported; the layers to report
+
+    // the layer in progress: its cache tensors have been written, its attention has not been computed
+    int32_t il = -1;
+    const ggml_tensor * cache_k = nullptr;
+    const ggml_tensor * cache_v = nullptr;
+    std::vector<float> q, k, v, x2;
+    std::vector<char>  buf;
+
+    bool        stop = false;
+    std::string error;
 };
 
-llama_seqkv_collector * llama_seqkv_collector_init(const llama_model * model, int32_t n_skip) {
-    return model ? new llama_seqkv_collector { model, std::max(n_skip, 0), {} } : nullptr;
+llama_seqkv_collector * llama_seqkv_collector_init(const llama_model * model, llama_seqkv_rows_t rows, void * user) {
+    if (!model || !rows) {
+        return nullptr;
+    }
+    auto * res = new llama_seqkv_collector;
+    res->model = model;
+    res->fn    = rows;
+    res->user  = user;
+    for (uint32_t il = 0; il < model->hparams.n_layer(); ++il) {
+        if (is_seqkv_layer(model->hparams, il)) {
+            res->n_seen[il] = 0;
+        }
+    }
+    return res;
 }
 
 void llama_seqkv_collector_free(llama_seqkv_collector * collector) {
     delete collector;
 }
 
-int32_t llama_seqkv_collector_bind(llama_seqkv_collector * collector, const llama_context * ctx) {
-    if (&ctx->get_model() != collector->model) {
-        return -1;
-    }
-    collector->layers.clear();
-    for (uint32_t il = 0; il < collector->model->hparams.n_layer_all; ++il) {
-        if (is_seqkv_layer(collector->model->hparams, il)) {
-            collector->layers[il].rope = llama_seqkv_layer_rope(*collector->model, ctx->get_cparams(), il);
-        }
-    }
-    return 0;
+int32_t llama_seqkv_collector_n_layer(const llama_seqkv_collector * collector) {
+    return collector->n_seen.size();
 }
 
-// Every architecture writes its cache by SET_ROWS into "cache_k_l<il>" and "cache_v_l<il>": k after RoPE and v, one row a token.
+// (n, h, d) contiguous from rows of d values at strides nb_n and nb_h; the tensor may be on a device
+static void read_rows(const ggml_tensor * t, int64_t n, int64_t h, int64_t d, size_t nb_n, size_t nb_h, std::vector<float> & dst, std::vector<char> & buf) {
+    if (t->type != GGML_TYPE_F32 || t->nb[0] != sizeof(float)) {
+        throw std::runtime_error(format("%s is not made of f32 rows", t->name));
+    }
+    const size_t row = d*sizeof(float);
+    dst.resize(n*h*d);
+    if (nb_h == row && nb_n == h*row) {
+        ggml_backend_tensor_get(t, dst.data(), 0, n*nb_n);
+        return;
+    }
+    buf.resize((n - 1)*nb_n + (h - 1)*nb_h + row);
+    ggml_backend_tensor_get(t, buf.data(), 0, buf.size());
+    for (int64_t i = 0; i < n; ++i) {
+        for (int64_t j = 0; j < h; ++j) {
+            memcpy(dst.data() + (i*h + j)*d, buf.data() + i*nb_n + j*nb_h, row);
+        }
+    }
+}
+
+// the input of a norm over the width of the model: the last one before a layer's keys is its residual stream
+static void collect_x2(llama_seqkv_collector & c, const ggml_tensor * t) {
+    const auto * x = t->src[0]; // [n_embd, n_tokens]
+    std::vector<float> rows;
+    read_rows(x, x->ne[1], 1, x->ne[0], x->nb[1], x->nb[1], rows, c.buf);
+    c.x2.resize(x->ne[1]);
+    for (int64_t i = 0; i < x->ne[1]; ++i) {
+        double sum = 0.0;
+        for (int64_t j = 0; j < x->ne[0]; ++j) {
+            sum += (double) rows[i*x->ne[0] + j]*rows[i*x->ne[0] + j];
+        }
+        c.x2[i] = (float) sum;
+    }
+}
+
+// a SET_ROWS into a cache of ours: every architecture writes "cache_k_l<il>" and "cache_v_l<il>" so, one row a token
+static void collect_kv(llama_seqkv_collector & c, const ggml_tensor * t, char kind, int32_t il) {
+    const auto & hparams = c.model->hparams;
+    const auto * rows    = t->src[0]; // [n_head_kv*d, n_tokens]
+    const auto * cache   = t->view_src;
+
+    const int64_t h = hparams.n_head_kv(il);
+    const int64_t d = kind == 'k' ? hparams.n_embd_head_k(il) : hparams.n_embd_head_v(il);
+    if (ggml_is_quantized(cache->type)) {
+        throw std::runtime_error("its cache is quantized: use f16");
+    }
+    if (rows->ne[0] != h*d || rows->ne[2] != 1 || rows->ne[3] != 1) {
+        throw std::runtime_error(format("layer %d does not store one row of %d x %d values a token: use flash attention", il, (int) h, (int) d));
+    }
+    if (c.il != il) {
+        c.il = il;
+        c.cache_k = c.cache_v = nullptr;
+    }
+    (kind == 'k' ? c.cache_k : c.cache_v) = cache;
+    read_rows(rows, rows->ne[1], h, d, rows->nb[1], d*sizeof(float), kind == 'k' ? c.k : c.v, c.buf);
+}
+
+// the FLASH_ATTN_EXT that reads the cache just written
+static void collect_q(llama_seqkv_collector & c, const ggml_tensor * t) {
+    const auto & hparams = c.model->hparams;
+    const auto * q       = t->src[0]; // [dk, n_tokens, n_head, n_stream]
+    const auto * k       = t->src[1]; // [dk, n_kv, n_head_kv, n_stream]
+
+    const int64_t n = q->ne[1], h = hparams.n_head(c.il), h_kv = hparams.n_head_kv(c.il);
+    const int64_t dk = hparams.n_embd_head_k(c.il), dv = hparams.n_embd_head_v(c.il);
+    if (!c.cache_v || t->src[2]->view_src != c.cache_v) {
+        throw std::runtime_error(format("the attention of layer %d does not read values of its own", c.il));
+    }
+    if (q->ne[0] != dk || q->ne[2] != h || q->ne[3] != 1 || k->ne[2] != h_kv || (int64_t) c.k.size() != n*h_kv*dk || (int64_t) c.v.size() != n*h_kv*dv) {
+        throw std::runtime_error(format("the queries of layer %d do not belong to one sequence of whole rows", c.il));
+    }
+    read_rows(q, n, h, dk, q->nb[1], q->nb[2], c.q, c.buf);
+
+    float params[3]; // scale, max_bias, softcap
+    memcpy(params, t->op_params, sizeof(params));
+
+    const llama_seqkv_rows rows = {
+        c.il, (int32_t) n, (int32_t) h, (int32_t) h_kv, (int32_t) dk, (int32_t) dv, c.q.data(), c.k.data(), c.v.data(),
+        (int64_t) c.x2.size() == n ? c.x2.data() : nullptr, params[0], params[2],
+    };
+    c.n_seen[c.il] += n;
+    c.il      = -1;
+    c.cache_k = c.cache_v = nullptr;
+    c.stop    = !c.fn(c.user, &rows);
+}
+
 bool llama_seqkv_collect(ggml_tensor * t, bool ask, void * user) {
-    auto & collector = *(llama_seqkv_collector *) user;
+    auto & c = *(llama_seqkv_collector *) user;
+
+    if (c.stop) {
+        return ask; // ends every split of the graph after its next node
+    }
 
     int  il   = -1;
     char kind = 0;
-    if (t->op != GGML_OP_SET_ROWS || !t->view_src || sscanf(t->view_src->name, "cache_%c_l%d", &kind, &il) != 2 || (kind != 'k' && kind != 'v')) {
-        return !ask; // not asked for; true afterwards: go on
-    }
-    const auto it = collector.layers.find(il);
-    if (it == collector.layers.end()) {
-        return !ask;
-    }
+    const bool kv = t->op == GGML_OP_SET_ROWS && t->view_src && sscanf(t->view_src->name, "cache_%c_l%d", &kind, &il) == 2 &&
+        (kind == 'k' || kind == 'v') && c.n_seen.count(il) > 0;
+    const bool q  = t->op == GGML_OP_FLASH_ATTN_EXT && c.cache_k && t->src[1]->view_src == c.cache_k;
+
+    const bool x2 = (t->op == GGML_OP_RMS_NORM || t->op == GGML_OP_NORM) && t->src[0]->ne[0] == c.model->hparams.n_embd &&
+        t->src[0]->ne[2] == 1 && t->src[0]->ne[3] == 1 && t->src[0]->type == GGML_TYPE_F32 && !c.cache_k;
+
     if (ask) {
-        return true;
+        // the graph is cut after RoPE too: GPU backends fuse it with SET_ROWS, and then its rows are never stored
+        return kv || q || x2 || t->op == GGML_OP_ROPE;
     }
-
-    const ggml_tensor * rows = t->src[0]; // F32 [n_head_kv*head_dim, n_tokens]
-    GGML_ASSERT(rows->type == GGML_TYPE_F32 && rows->nb[0] == sizeof(float));
-
-    auto & l    = it->second;
-    auto & sum  = kind == 'k' ? l.k : l.v;
-    auto & seen = kind == 'k' ? l.n_k : l.n_v;
-
-    const auto &  hparams = collector.model->hparams;
-    const int64_t width   = rows->ne[0];
-    const int64_t h       = hparams.n_head_kv(il);
-    const int64_t d       = width/h;
-    const int     n_half  = l.rope.freq.size();
-
-    sum.resize(width, 0.0);
-    std::vector<float> row(width);
-    for (int64_t i = 0; i < rows->ne[1]; ++i, ++seen) {
-        if (seen < collector.n_skip) {
-            continue;
+    try {
+        if (kv) {
+            collect_kv(c, t, kind, il);
+        } else if (q) {
+            collect_q(c, t);
+        } else if (x2) {
+            collect_x2(c, t);
         }
-        ggml_backend_tensor_get(rows, row.data(), i*rows->nb[1], width*sizeof(float));
-        if (kind == 'v') {
-            for (int64_t j = 0; j < width; ++j) {
-                sum[j] += row[j];
-            }
-            continue;
-        }
-        // R(-t) k
-        for (int p = 0; p < n_half; ++p) {
-            const double a = (double) seen*l.rope.freq[p];
-            const double c = std::cos(a), s = -std::sin(a);
-            const int i0 = l.rope.neox ? p : 2*p;
-            const int i1 = l.rope.neox ? p + n_half : 2*p + 1;
-            for (int64_t hh = 0; hh < h; ++hh) {
-                float * x = row.data() + hh*d;
-                const double u = x[i0], w = x[i1];
-                x[i0] = (float) (u*c - w*s);
-                x[i1] = (float) (u*s + w*c);
-            }
-        }
-        for (int64_t j = 0; j < width; ++j) {
-            sum[j] += row[j];
-        }
+    } catch (const std::exception & e) {
+        c.error = e.what();
+        c.stop  = true;
     }
-    return true;
+    return !c.stop;
 }
 
-int64_t llama_seqkv_collector_layer(const llama_seqkv_collector * collector, int32_t il, float * k_mean, float * v_mean, int32_t * n_k, int32_t * n_v) {
-    const auto it = collector->layers.find(il);
-    if (it == collector->layers.end()) {
-        *n_k = *n_v = 0;
-        return 0;
+int32_t llama_seqkv_collector_finish(llama_seqkv_collector * collector, char * err, size_t n_err) {
+    auto & c = *collector;
+
+    const auto [least, most] = std::minmax_element(c.n_seen.begin(), c.n_seen.end(), [](const auto & a, const auto & b) { return a.second < b.second; });
+    const int32_t n_least = c.n_seen.empty() ? 0 : least->second;
+    const int32_t missing = c.n_seen.empty() || n_least == most->second ? -1 : least->first;
+
+    const bool  stopped = std::exchange(c.stop, false);
+    std::string error   = std::exchange(c.error, {});
+    for (auto & [_, n] : c.n_seen) {
+        n = 0;
     }
-    const auto & l = it->second;
-    const auto emit = [&](const std::vector<double> & sum, int64_t seen, float * dst, int32_t * n) {
-        const int64_t count = seen - collector->n_skip;
-        for (int32_t i = 0; count > 0 && i < std::min<int32_t>(*n, sum.size()); ++i) {
-            dst[i] = (float) (sum[i]/count);
-        }
-        *n = sum.size();
-        return std::max<int64_t>(count, 0);
-    };
-    return std::min(emit(l.k, l.n_k, k_mean, n_k), emit(l.v, l.n_v, v_mean, n_v));
+    c.il      = -1;
+    c.cache_k = c.cache_v = nullptr;
+
+    if (error.empty() && !stopped && (missing >= 0 || n_least == 0)) {
+        error = c.n_seen.empty() ? "it has no layer with full attention" :
+            format("the attention of layer %d was not found", missing >= 0 ? missing : c.n_seen.begin()->first);
+    }
+    if (!error.empty()) {
+        return fail(err, n_err, format("the rows of this model (%s) cannot be captured: %s", c.model->arch_name().c_str(), error.c_str()));
+    }
+    return stopped ? 0 : n_least;
 }

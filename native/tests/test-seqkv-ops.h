@@ -62,14 +62,14 @@ struct test_seqkv : public test_case {
             ggml_tensor * v = named(ggml_new_tensor_3d(ctx, GGML_TYPE_F32, dv, n_head_kv, n_tokens*n_stream), "v");
             out = ggml_seqkv_frame(ctx, k, v, meta, rot, params);
         } else {
-            ggml_tensor * prof = profile ? named(ggml_new_tensor_1d(ctx, GGML_TYPE_F32, row), "prof") : nullptr;
+            ggml_tensor * prof = profile ? named(ggml_new_tensor_1d(ctx, GGML_TYPE_F16, n_head_kv*ggml_seqkv_prof_stride(dk, dv)), "prof") : nullptr;
             ggml_tensor * cur  = named(ggml_new_tensor_2d(ctx, GGML_TYPE_F16, row, n_tokens*n_stream), "cur");
             if (op == GGML_OP_SEQKV_STORE) {
                 const bool key = type_v == GGML_TYPE_F16;
                 params.part = key ? GGML_SEQKV_KEY : GGML_SEQKV_VALUE;
                 ggml_tensor * dst  = named(ggml_new_tensor_2d(ctx, key ? type_k : type_v, n_head_kv*(key ? dk : dv), n_kv*n_stream), "dst");
                 ggml_tensor * idxs = named(ggml_new_tensor_1d(ctx, GGML_TYPE_I64, n_tokens*n_stream), "idxs");
-                out = ggml_seqkv_store(ctx, dst, cur, idxs, meta, rot, prof, params);
+                out = ggml_seqkv_store(ctx, dst, cur, idxs, meta, prof, params);
             } else {
                 ggml_tensor * q    = named(ggml_new_tensor_3d(ctx, GGML_TYPE_F32, dk, n_head_kv*group, n_tokens*n_stream), "q");
                 ggml_tensor * k    = named(ggml_new_tensor_3d(ctx, type_k, n_head_kv*dk, n_kv, n_stream), "k");
@@ -101,6 +101,35 @@ struct test_seqkv : public test_case {
                         data[r*n_rot + 2*i + 1] = std::sin(a);
                     }
                 }
+                ggml_backend_tensor_set(t, data.data(), 0, ggml_nbytes(t));
+            } else if (name == "prof") {
+                // E = diag(s) (I - 2 u u^T), D its inverse; a prediction larger than the residual
+                std::uniform_real_distribution<float> uniform(-1.0f, 1.0f);
+                std::vector<ggml_fp16_t> data;
+                const auto put = [&](double x) { data.push_back(ggml_fp32_to_fp16((float) x)); };
+                for (int64_t h = 0; h < n_head_kv; ++h) {
+                    std::vector<double> scale(dk), u(dk);
+                    double uu = 0.0;
+                    for (int64_t i = 0; i < dk; ++i) {
+                        scale[i] = std::exp(uniform(rng));
+                        u[i]     = uniform(rng);
+                        uu      += u[i]*u[i];
+                    }
+                    const auto reflection = [&](int64_t r, int64_t c) { return (r == c) - 2.0*u[r]*u[c]/uu; };
+                    for (int64_t i = 0; i < dk*dk; ++i) {
+                        put(scale[i/dk]*reflection(i/dk, i%dk));
+                    }
+                    for (int64_t i = 0; i < dk*dk; ++i) {
+                        put(reflection(i/dk, i%dk)/scale[i%dk]);
+                    }
+                    for (int64_t i = 0; i < SEQKV_FRAME*dk + dv; ++i) {
+                        put(4.0*uniform(rng));
+                    }
+                    for (int64_t i = 0; i < dv; ++i) {
+                        put(std::exp(uniform(rng)));
+                    }
+                }
+                GGML_ASSERT((int64_t) data.size() == ggml_nelements(t));
                 ggml_backend_tensor_set(t, data.data(), 0, ggml_nbytes(t));
             } else if (name == "meta") {
                 std::vector<int32_t> data(ggml_nelements(t));
@@ -144,37 +173,63 @@ struct test_seqkv : public test_case {
     }
 
     static void add(std::vector<std::unique_ptr<test_case>> & cases) {
-        const ggml_type ours[] = { GGML_TYPE_SEQKV2, GGML_TYPE_SEQKV3, GGML_TYPE_SEQKV4 };
+        const ggml_type keys[]   = { GGML_TYPE_SEQKV1, GGML_TYPE_SEQKV2, GGML_TYPE_SEQKV3, GGML_TYPE_SEQKV4,
+                                     GGML_TYPE_SEQKV1K, GGML_TYPE_SEQKV2K, GGML_TYPE_SEQKV3K, GGML_TYPE_SEQKV4K };
+        const ggml_type values[] = { GGML_TYPE_SEQKV1, GGML_TYPE_SEQKV2, GGML_TYPE_SEQKV3, GGML_TYPE_SEQKV4 };
+        const ggml_type others[] = { GGML_TYPE_F16, GGML_TYPE_BF16, GGML_TYPE_Q8_0, GGML_TYPE_Q5_1, GGML_TYPE_Q4_0, GGML_TYPE_IQ4_NL };
         const auto attn = [&](auto... args) { cases.emplace_back(new test_seqkv(GGML_OP_SEQKV_ATTN, args...)); };
 
         for (const int64_t d : { 64, 128, 256 }) {
             for (const bool neox : { false, true }) {
                 cases.emplace_back(new test_seqkv(GGML_OP_SEQKV_FRAME, GGML_TYPE_SEQKV3, GGML_TYPE_SEQKV3, d, 64, 2, 1, 256, 68, 7, 2, SHIFTED, true, false, neox));
-                for (const ggml_type t : ours) {
-                    cases.emplace_back(new test_seqkv(GGML_OP_SEQKV_STORE, t, GGML_TYPE_F16, d, 64, 2, 1, 256, 68, 33, 2, SHIFTED, neox, false, neox, d/2));
+            }
+            for (const bool profile : { false, true }) {
+                for (const ggml_type t : keys) {
+                    cases.emplace_back(new test_seqkv(GGML_OP_SEQKV_STORE, t, GGML_TYPE_F16, d, 64, 2, 1, 256, 68, 33, 2, SHIFTED, profile, false, false, d/2));
+                }
+                for (const ggml_type t : values) {
+                    cases.emplace_back(new test_seqkv(GGML_OP_SEQKV_STORE, t, t, 64, d, 3, 1, 256, 68, 33, 1, IN_ORDER, profile));
                 }
             }
-            for (const ggml_type t : ours) {
-                cases.emplace_back(new test_seqkv(GGML_OP_SEQKV_STORE, t, t, 64, d, 3, 1, 256, 68, 33, 1, IN_ORDER, true));
+            for (const int64_t n_tokens : { 1, 3, 64, 75 }) {
                 for (const int order : { IN_ORDER, SHIFTED, SCRAMBLED }) {
-                    for (const int64_t n_tokens : { 1, 3, 64, 75 }) {
-                        attn(t, t, d, d, 2, 3, 512, 68, n_tokens, 1, order, true, false, order == SHIFTED);
+                    for (const ggml_type t : values) {
+                        const bool profile = t != GGML_TYPE_SEQKV2;
+                        attn(ggml_seqkv_type(ggml_seqkv_bits(t), profile), t, d, d, 2, 3, 512, 68, n_tokens, 1, order, profile, false, order == SHIFTED);
                     }
                 }
             }
         }
-        for (const int64_t group : { 1, 2, 3, 4, 7, 8, 16 }) {
+        // every type of K with one of V and the other way round, with and without profile, one token and more than a tile of queries
+        for (const bool profile : { false, true }) {
+            for (const int64_t n_tokens : { 1, 90 }) {
+                for (const ggml_type t : keys) {
+                    attn(t, GGML_TYPE_SEQKV2, 64, 128, 2, 3, 192, 68, n_tokens, 1, SHIFTED, profile, false, true, 32);
+                }
+                for (const ggml_type t : values) {
+                    attn(GGML_TYPE_SEQKV3K, t, 128, 64, 2, 3, 192, 68, n_tokens, 1, SCRAMBLED, profile);
+                }
+                for (const ggml_type t : others) {
+                    attn(t, GGML_TYPE_SEQKV3, 128, 128, 2, 2, 256, 1, n_tokens, 1, SHIFTED, profile);
+                    attn(GGML_TYPE_SEQKV2K, t, 128, 128, 2, 2, 256, 1, n_tokens, 1, SCRAMBLED, profile);
+                    attn(t, t, 64, 64, 2, 2, 256, 68, n_tokens, 1, SHIFTED, profile);
+                }
+            }
+        }
+        for (const int64_t group : { 1, 2, 3, 4, 7, 8, 16, 64 }) {
             for (const int64_t n_tokens : { 1, 2, 17 }) {
                 attn(GGML_TYPE_SEQKV3, GGML_TYPE_SEQKV3, 64, 64, 2, group, 256, 68, n_tokens, 2, SHIFTED, false, true, true, 32, 30.0f);
+                attn(GGML_TYPE_SEQKV4K, GGML_TYPE_SEQKV3, 64, 64, 2, group, 256, 68, n_tokens, 2, IN_ORDER, true, true, false, 64, 0.0f);
             }
         }
         // decode around tile and chunk edges
         for (const int64_t n_kv : { 1, 63, 64, 65, 127, 955, 956, 1023, 1024, 2500 }) {
-            attn(GGML_TYPE_SEQKV4, GGML_TYPE_SEQKV2, 128, 64, 1, 4, n_kv, 68, 1);
+            attn(GGML_TYPE_SEQKV4,  GGML_TYPE_SEQKV2, 128, 64, 1, 4, n_kv, 68, 1);
+            attn(GGML_TYPE_SEQKV3K, GGML_TYPE_SEQKV4, 64, 64, 1, 4, n_kv, 68, 1);
         }
-        for (const ggml_type other : { GGML_TYPE_F16, GGML_TYPE_Q8_0, GGML_TYPE_Q4_0 }) {
-            attn(other, GGML_TYPE_SEQKV3, 128, 128, 2, 2, 256, 1, 5, 1, SHIFTED);
-            attn(GGML_TYPE_SEQKV3, other, 128, 128, 2, 2, 256, 1, 5, 1, SCRAMBLED);
+        // prefill around the edges of a tile of 256 query rows
+        for (const int64_t n_tokens : { 85, 86, 127, 128, 129, 256, 300 }) {
+            attn(GGML_TYPE_SEQKV3K, GGML_TYPE_SEQKV3, 64, 64, 1, n_tokens < 100 ? 3 : 2, 128, 68, n_tokens);
         }
     }
 };
