@@ -282,7 +282,8 @@ def open_cache(loaded: Model, kv: QualityKv, *, n_ctx: int, options: KvOptions, 
 def cache_size(loaded: Model, kv: QualityKv, n_ctx: int, options: KvOptions, n_batch: int) -> int:
     """Computed bytes of a cache of n_ctx tokens, exact window included."""
     meta = loaded.meta
-    total = fit.kv_bytes(meta, kv.kv, n_ctx, llama.type_bits, options.n_sink, options.n_window, n_batch)
+    numbers = (options.n_sink, options.n_window, n_batch, options.profile is not None)
+    total = fit.kv_bytes(meta, kv.kv, n_ctx, llama.type_bits, *numbers)
     if kv.windowed:
         rows = min(fit.pad_ctx(n_ctx), options.n_sink + options.n_window)
         total += sum(2 * rows * (layer.k_values + layer.v_values) for layer in meta.layers if not layer.window)
@@ -310,8 +311,9 @@ def measure_bits(context: Context, kv: QualityKv, options: KvOptions) -> Bits:
         total = cache_size(loaded, kv, n_ctx, options, batch) + tables
         return 8 * total / fit.kv_values(loaded.meta, n_ctx, batch)
 
+    assert context.pointer
     return Bits(
-        (llama.type_bits(kv.kv.k) + llama.type_bits(kv.kv.v)) / 2,
+        llama.bits(context.pointer) or (llama.type_bits(kv.kv.k) + llama.type_bits(kv.kv.v)) / 2,
         bits(context.n_ctx, n_batch),
         bits(8192, n_batch) if understood else None,
         bits(32768, n_batch) if understood else None,
@@ -394,8 +396,7 @@ def cache_bytes(context: Context, options: KvOptions) -> int:
     reported = context.kv_bytes()
     if reported is not None:
         return reported
-    meta, numbers = context.model.meta, (options.n_sink, options.n_window, context.n_batch)
-    return fit.kv_bytes(meta, context.kv, context.n_ctx, llama.type_bits, *numbers)
+    return cache_size(context.model, QualityKv(context.kv), context.n_ctx, options, context.n_batch)
 
 
 # --- memory ---

@@ -100,10 +100,11 @@ class Model:
             return  # llama.cpp itself refuses when the device's memory does not suffice
         available = int(psutil.virtual_memory().available)
         numbers = (options.n_sink, options.n_window, n_ubatch)
-        amount = fit.need(self.meta, kv, n_ctx, llama.type_bits, *numbers)
+        profile = options.profile is not None
+        amount = fit.need(self.meta, kv, n_ctx, llama.type_bits, *numbers, profile=profile)
         # mapped weights are already part of the page cache, which counts as available
         if amount.total > available:
-            most = fit.largest_ctx(self.meta, kv, available, llama.type_bits, *numbers)
+            most = fit.largest_ctx(self.meta, kv, available, llama.type_bits, *numbers, profile=profile)
             size = fit.format_size
             advice = f"--ctx {most} fits" if most else "this model does not fit at all"
             raise MemoryLimitError(

@@ -107,6 +107,8 @@ _PROTOTYPES: dict[str, tuple[list[Any], Any]] = {
     "llama_seqkv_kv_bytes": ([_P], ctypes.c_size_t),
     "llama_seqkv_kv_bytes_used": ([_P], ctypes.c_size_t),
     "llama_seqkv_compute_bytes": ([_P], ctypes.c_size_t),
+    "llama_seqkv_profile_bytes": ([_P], ctypes.c_size_t),
+    "llama_seqkv_bits": ([_P], ctypes.c_double),
     "llama_seqkv_rope": ([_P, ctypes.c_int32, _FLOATS, ctypes.c_int32, _INTS], ctypes.c_int32),
     "llama_seqkv_collector_init": ([_P, RowsFunction, _P], _P),
     "llama_seqkv_collector_free": ([_P], None),
@@ -279,6 +281,12 @@ def configure(
 def kv_bytes(ctx: int) -> int | None:
     """Bytes of all KV buffers of a context, exact window and tables included; None on unpatched libraries."""
     return int(library().handle.llama_seqkv_kv_bytes(ctx)) if library().patched else None
+
+
+def bits(context: int) -> float | None:
+    """Bits per value of the blocks of a context's seqkv cache, window and tables not counted. None: another cache."""
+    handle = library().handle
+    return (float(handle.llama_seqkv_bits(context)) or None) if library().patched else None
 
 
 def kv_bytes_used(ctx: int) -> int | None:

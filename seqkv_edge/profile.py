@@ -105,15 +105,17 @@ def beside(model: Path) -> Path:
 
 
 def find(model: Path, model_id: str) -> Path | None:
-    """The profile of a model: next to it, shipped with the package, or in the cache; checked. None if there is none.
+    """The profile of a model: next to it, in the cache, or shipped with the package; checked. None if there is none.
 
     Raises ProfileError when one is there and wrong.
     """
-    shipped = Path(__file__).parent / "models" / f"{model_id}.gguf"
-    for candidate in (beside(model), shipped, cache_dir() / f"{model_id}.gguf"):
+    for candidate in (beside(model), cache_dir() / f"{model_id}.gguf"):
         if candidate.is_file():
             check(candidate, model_id)
             return candidate
+    for shipped in sorted((Path(__file__).parent / "models").glob("*.seqkv.gguf")):
+        if read_info(shipped).model_id == model_id:
+            return shipped
     return None
 
 

@@ -11,8 +11,10 @@ import pytest
 
 from seqkv_edge import cli, dropin, fit, llama, model, profile
 from seqkv_edge.conversation import Conversation
+from seqkv_edge.design import LayerDesign
 from seqkv_edge.engine import Sampling, open_model
 from seqkv_edge.errors import ModelError, ProfileError, StateError, UsageError
+from seqkv_edge.gguf_meta import read_header
 
 GREEDY = Sampling(temp=0)
 
@@ -123,11 +125,15 @@ def test_profile_round_trip(make_gguf, tmp_path: Path):
     import numpy as np
 
     base = make_gguf()
-    means = [profile.Means(i, np.full(128, i, np.float32), np.ones(128, np.float32)) for i in range(4)]
+    mean, scale = np.zeros((2, 64), np.float32), np.ones((2, 64), np.float32)
+    encode = np.stack([np.eye(64)] * 2).astype(np.float16)
+    layers = [LayerDesign(i, mean, encode, mean, scale, 10.0**-i, 10.0**-i) for i in range(4)]
     target = tmp_path / "p.gguf"
-    profile.write(target, base, "ab" * 16, means, n_tokens=100, n_sink=4, text_sha256="00")
+    profile.write(target, base, "ab" * 16, profile.Measured(layers, 100, "00", {"seqkv3": 0.5}))
     info = profile.check(target, "ab" * 16)
     assert (info.n_layer, info.n_tokens, info.n_sink, info.model_arch) == (4, 100, 4, "llama")
+    assert info.quality == {"seqkv3": 0.5}
+    assert read_header(target).fields["seqkv.profile.seqkv3.k_bits"] == [4, 4, 2, 2]
     with pytest.raises(ProfileError, match="another model"):
         profile.check(target, "cd" * 16)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model.gguf", "p.gguf"]  # no temporary files

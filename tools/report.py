@@ -4,7 +4,7 @@
     python tools/report.py            # rewrite the tables
     python tools/report.py --check    # exit 1 if a table is not what its JSON gives
 
-A table stands between the lines  <!-- table NAME -->  and  <!-- end -->; NAME is quality, speed, memory, or one of the commands of
+A table stands between the lines  <!-- table NAME -->  and  <!-- end -->; NAME is quality, quality_f32, speed, memory, or one of the commands of
 tools/quality_checks.py.
 """
 from __future__ import annotations
@@ -28,9 +28,9 @@ def bits(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}"
 
 
-def quality() -> str:
+def quality(file: str = "quality.json") -> str:
     body = []
-    for r in json.loads((ROOT / "docs/quality.json").read_text()):
+    for r in json.loads((ROOT / "docs" / file).read_text()):
         sem = "" if r["kld_sem"] is None else f" ± {r['kld_sem']:.4f}"
         body.append([
             r["kv"], f"{r['bits_per_value']:.3f}", bits(r["bits_per_value_at_ctx"]), bits(r["bits_per_value_8192"]), bits(r["bits_per_value_32768"]),
@@ -102,7 +102,7 @@ def retrieval() -> str:
 
 
 TABLES = {
-    "quality": quality, "speed": speed, "memory": memory, "drift": drift, "texts": texts, "outliers": outliers, "greedy": greedy, "retrieval": retrieval,
+    "quality": quality, "quality_f32": lambda: quality("quality-f32.json"), "speed": speed, "memory": memory, "drift": drift, "texts": texts, "outliers": outliers, "greedy": greedy, "retrieval": retrieval,
 }  # fmt: skip
 
 

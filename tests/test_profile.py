@@ -1,0 +1,64 @@
+"""The profile that ships with the package is what `calibrate` makes, and it is found and used without being named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from gguf import GGUFReader
+
+from seqkv_edge import llama, model, profile
+from seqkv_edge.engine import open_model
+from seqkv_edge.errors import SeqkvError
+from seqkv_edge.gguf_meta import fingerprint
+
+SHIPPED = Path(__file__).parent.parent / "models" / "SmolLM2-135M-Instruct.seqkv.gguf"
+
+
+@pytest.fixture(scope="module")
+def default_model() -> Path:
+    try:
+        path = Path(model.default_model())
+    except SeqkvError as error:
+        pytest.skip(str(error))
+    return path
+
+
+def tensors(path: Path) -> dict[str, np.ndarray]:
+    return {tensor.name: np.array(tensor.data, np.float64) for tensor in GGUFReader(path).tensors}
+
+
+@pytest.mark.model
+def test_shipped_profile_is_of_the_default_model_and_found(default_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(profile, "cache_dir", lambda: tmp_path)
+    found = profile.find(default_model, fingerprint(default_model))
+    assert found is not None and found.read_bytes() == SHIPPED.read_bytes()
+
+
+@pytest.mark.model
+def test_calibration_remakes_the_shipped_profile(default_model: Path, tmp_path: Path) -> None:
+    """Numbers differ in the last bits between processors, and quantized weights amplify that: hence the tolerances."""
+    with open_model(default_model) as loaded:
+        assert loaded.pointer
+        made = profile.measure(loaded.pointer, default_model, profile.default_text(), quality=False)
+    target = tmp_path / "p.gguf"
+    profile.write(target, default_model, fingerprint(default_model), made)
+    here, there = profile.read_info(target), profile.read_info(SHIPPED)
+    assert (here.model_id, here.n_tokens, here.n_layer) == (there.model_id, there.n_tokens, there.n_layer)
+    ours, theirs = tensors(target), tensors(SHIPPED)
+    assert ours.keys() == theirs.keys() and len(ours) == 30 * 4
+    if here.text_sha256 != there.text_sha256:
+        pytest.skip("this Python ships another version of the text that the profile was made from")
+    for name, value in ours.items():
+        if name.endswith("k_encode"):  # E is unique up to a rotation within groups of equal weight, E^T E is unique
+            pairs = ((a.T @ a, b.T @ b) for a, b in zip(value, theirs[name]))
+            assert all(np.linalg.norm(a - b) < 0.1 * np.linalg.norm(b) for a, b in pairs), name
+        else:
+            assert np.linalg.norm(value - theirs[name]) < 0.05 * np.linalg.norm(theirs[name]), name
+    fields = [GGUFReader(path).fields for path in (target, SHIPPED)]
+    for kv in llama.OUR_TYPES:
+        for kind in "kv":
+            a, b = (np.array(f[f"seqkv.profile.{kv}.{kind}_bits"].contents()) for f in fields)
+            assert (a != b).sum() <= 3 and np.abs(a - b).max() <= 1
+    assert all(0 < kld < 0.05 for kld in there.quality.values()) and there.quality.keys() == set(llama.OUR_TYPES)
