@@ -36,6 +36,14 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Models]:
     made.close()
 
 
+@pytest.fixture(autouse=True)
+def _interrupts_are_on() -> Iterator[None]:
+    """Also where the tests run in the background of a shell, which makes its children ignore SIGINT."""
+    old = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, old)
+
+
 def copies(model: Model, *windows: list[int]) -> list[Rows]:
     """All rows of the windows, kept."""
     kept: list[Rows] = []
