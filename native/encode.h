@@ -62,10 +62,19 @@ SEQKV_FN void seqkv_step(const uint32_t * SEQKV_RESTRICT nearest, const float * 
         f = f < 511.0f ? f : 511.0f;
         k[j] = (int32_t) f;
     }
+#if defined(__AVX512F__)
+    _mm512_storeu_si512(levels, _mm512_i32gather_epi32(_mm512_loadu_si512(k), nearest, 4));
+#elif defined(__AVX2__)
+    for (int j = 0; j < SEQKV_LANES; j += 8) {
+        const __m256i at = _mm256_loadu_si256((const __m256i *) (k + j));
+        _mm256_storeu_si256((__m256i *) (levels + j), _mm256_i32gather_epi32((const int *) nearest, at, 4));
+    }
+#else
     SEQKV_LANE_LOOP
     for (int j = 0; j < SEQKV_LANES; ++j) {
         levels[j] = nearest[k[j]];
     }
+#endif
     SEQKV_LANE_LOOP
     for (int j = 0; j < SEQKV_LANES; ++j) {
         const uint32_t l = levels[j];
@@ -128,8 +137,11 @@ static inline const uint32_t * seqkv_nearest_table(int B) {
     }
 }
 
-// A group: n values z (n, SEQKV_LANES) of B bits -> gains[j] as stored and codes (SEQKV_LANES, SEQKV_BLOCK), the group's n.
-static inline void seqkv_encode_group(int B, int graded, const float (*z)[SEQKV_LANES], int n, uint8_t * gains,
+#define SEQKV_TRIES 3 // gains tried for a group
+
+// A group: n values z (n, SEQKV_LANES) of B bits of each of n_blocks blocks -> gains[j] as stored and codes (SEQKV_LANES, SEQKV_BLOCK),
+// the group's n. The tries of few blocks share the lanes.
+static inline void seqkv_encode_group(int B, int graded, const float (*z)[SEQKV_LANES], int n, int n_blocks, uint8_t * gains,
                                       uint8_t (*codes)[SEQKV_BLOCK]) {
     const uint32_t * nearest = seqkv_nearest_table(B);
     const float    * gain    = graded ? seqkv_gain_graded : seqkv_gain;
@@ -145,44 +157,52 @@ static inline void seqkv_encode_group(int B, int graded, const float (*z)[SEQKV_
         }
     }
 
-    int   first[SEQKV_LANES];                  // gain of the first candidate
-    float best [SEQKV_LANES];                  // squared error of what is kept; zeros to begin with
-    for (int j = 0; j < SEQKV_LANES; ++j) {
+    int   first[SEQKV_LANES];         // gain of the first try
+    float best [SEQKV_LANES];         // squared error of what is kept; zeros to begin with
+    int   kept [SEQKV_LANES] = { 0 }; // which try that is
+    uint8_t state[SEQKV_LANES] = { 0 };
+    for (int j = 0; j < n_blocks; ++j) {
         const float e = energy[j] < 1e-30f ? 0.0f : floorf(0.5f*steps*log2f(energy[j]/n));
         first[j] = (int) e + bias;
         best[j]  = energy[j] < 1e-30f ? -1.0f : energy[j];
         gains[j] = 0;
     }
 
-    seqkv_paths kept, tried;
-    uint8_t     state[SEQKV_LANES] = { 0 };
-    memset(&kept, 0, sizeof(kept));
-    static const int offset[3] = { 0, 1, -1 };
-    for (int c = 0; c < 3; ++c) {
-        int   g  [SEQKV_LANES];
-        float s  [SEQKV_LANES], inv[SEQKV_LANES], err[SEQKV_LANES];
+    // try t: block t % n_blocks with the first gain, the next and the one before
+    static const int offset[SEQKV_TRIES] = { 0, 1, -1 };
+    seqkv_paths paths[SEQKV_TRIES];
+    const int n_tries = SEQKV_TRIES*n_blocks;
+    for (int t0 = 0; t0 < n_tries; t0 += SEQKV_LANES) {
+        int     g  [SEQKV_LANES];
+        float   s  [SEQKV_LANES], inv[SEQKV_LANES], err[SEQKV_LANES];
         uint8_t end[SEQKV_LANES];
+        float   zt [SEQKV_BLOCK][SEQKV_LANES];
+        int     block[SEQKV_LANES];
         for (int j = 0; j < SEQKV_LANES; ++j) {
-            g[j]   = first[j] + offset[c];
-            g[j]   = g[j] < 1 ? 1 : g[j] > top ? top : g[j];
-            s[j]   = gain[g[j]]*unit;
-            inv[j] = 1.0f/s[j];
+            const int t = t0 + j < n_tries ? t0 + j : n_tries - 1;
+            block[j] = t % n_blocks;
+            g[j]     = first[block[j]] + offset[t/n_blocks];
+            g[j]     = g[j] < 1 ? 1 : g[j] > top ? top : g[j];
+            s[j]     = gain[g[j]]*unit;
+            inv[j]   = 1.0f/s[j];
         }
-        seqkv_search(nearest, z, n, inv, &tried, end, err);
+        if (n_blocks < SEQKV_LANES) {
+            for (int i = 0; i < n; ++i) {
+                for (int j = 0; j < SEQKV_LANES; ++j) {
+                    zt[i][j] = z[i][block[j]];
+                }
+            }
+        }
+        seqkv_search(nearest, n_blocks < SEQKV_LANES ? (const float (*)[SEQKV_LANES]) zt : z, n, inv, &paths[t0/SEQKV_LANES], end, err);
 
-        uint32_t take[SEQKV_LANES];            // all ones or zeros
-        for (int j = 0; j < SEQKV_LANES; ++j) {
-            err[j] *= s[j]*s[j];
-            const int better = err[j] < best[j];
-            take[j]  = better ? 0xffffffffu : 0;
-            best[j]  = better ? err[j] : best[j];
-            gains[j] = better ? (uint8_t) g[j] : gains[j];
-            state[j] = better ? end[j] : state[j];
-        }
-        for (int i = 0; i < n; ++i) {
-            for (int j = 0; j < SEQKV_LANES; ++j) {
-                kept.levels[i][j] ^= (kept.levels[i][j] ^ tried.levels[i][j]) & take[j];
-                kept.older[i][j]  ^= (kept.older[i][j]  ^ tried.older[i][j])  & take[j];
+        for (int j = 0; j < SEQKV_LANES && t0 + j < n_tries; ++j) {
+            const int   b = block[j];
+            const float e = err[j]*(s[j]*s[j]);
+            if (e < best[b]) {
+                best[b]  = e;
+                gains[b] = (uint8_t) g[j];
+                kept[b]  = t0 + j;
+                state[b] = end[j];
             }
         }
     }
@@ -194,11 +214,13 @@ static inline void seqkv_encode_group(int B, int graded, const float (*z)[SEQKV_
         index[(uint8_t) level[l]] = (uint8_t) (l >> 2);
     }
     for (int i = n - 1; i >= 0; --i) {
-        for (int j = 0; j < SEQKV_LANES; ++j) {
-            const uint32_t s = state[j];
-            const uint32_t older = kept.older[i][j] >> s & 1;
+        for (int j = 0; j < n_blocks; ++j) {
+            const seqkv_paths * path = &paths[kept[j]/SEQKV_LANES];
+            const int      lane   = kept[j]%SEQKV_LANES;
+            const uint32_t s      = state[j];
+            const uint32_t older  = path->older[i][lane] >> s & 1;
             const uint32_t subset = (s >> 2 & 1) | ((s ^ s >> 1 ^ older) & 1) << 1;
-            codes[j][i] = (uint8_t) (gains[j] ? (s & 1) | index[kept.levels[i][j] >> 8*subset & 255] << 1 : 0);
+            codes[j][i] = (uint8_t) (gains[j] ? (s & 1) | index[path->levels[i][lane] >> 8*subset & 255] << 1 : 0);
             state[j] = (uint8_t) (s >> 1 | older << 2);
         }
     }
@@ -207,10 +229,10 @@ static inline void seqkv_encode_group(int B, int graded, const float (*z)[SEQKV_
 // n blocks, n <= SEQKV_LANES: 64 values at each x[j] -> seqkv_block_bytes() bytes at each dst[j].
 // Non-finite values count as 0, magnitudes end at 1e15.
 static inline void seqkv_encode_blocks(int bits, int graded, const float * const * x, uint8_t * const * dst, int n) {
-    float z[SEQKV_BLOCK][SEQKV_LANES];
-    for (int j = 0; j < SEQKV_LANES; ++j) {
+    float z[SEQKV_BLOCK][SEQKV_LANES] = { { 0.0f } };
+    for (int j = 0; j < n; ++j) {
         for (int i = 0; i < SEQKV_BLOCK; ++i) {
-            float v = j < n && isfinite(x[j][i]) ? x[j][i] : 0.0f;
+            float v = fabsf(x[j][i]) <= 3.4e38f ? x[j][i] : 0.0f;
             v = v < 1e15f ? v : 1e15f;
             z[i][j] = v > -1e15f ? v : -1e15f;
         }
@@ -223,7 +245,7 @@ static inline void seqkv_encode_blocks(int bits, int graded, const float * const
         const int B  = seqkv_value_bits(bits, graded, k);
         const int i0 = begin[k];
         if (B > 0) {
-            seqkv_encode_group(B, graded, (const float (*)[SEQKV_LANES]) (z + i0), graded ? begin[k + 1] - i0 : SEQKV_BLOCK,
+            seqkv_encode_group(B, graded, (const float (*)[SEQKV_LANES]) (z + i0), graded ? begin[k + 1] - i0 : SEQKV_BLOCK, n,
                                gains[k], (uint8_t (*)[SEQKV_BLOCK]) &codes[0][i0]);
         }
     }
@@ -237,11 +259,11 @@ static inline void seqkv_encode_blocks(int bits, int graded, const float * const
         }
         for (int p = 0; p < 6; ++p) {
             for (int i = 0; i < seqkv_plane_values(bits, graded, p); i += 8) {
-                uint8_t byte = 0;
-                for (int m = 0; m < 8; ++m) {
-                    byte |= (uint8_t) ((codes[j][i + m] >> p & 1) << m);
+                uint64_t eight = 0; // codes, the first in the lowest byte; the product gathers bit p of each in its top byte
+                for (int m = 7; m >= 0; --m) {
+                    eight = eight << 8 | codes[j][i + m];
                 }
-                *out++ = byte;
+                *out++ = (uint8_t) ((eight >> p & 0x0101010101010101u)*0x0102040810204080u >> 56);
             }
         }
     }

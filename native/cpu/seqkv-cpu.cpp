@@ -2,8 +2,8 @@
 
 #include "../ggml-seqkv.h"
 #include "../seqkv.h"
-#include "../decode.h"
 #include "../encode.h"
+#include "rows.h"
 
 #include "ggml-cpu.h"
 #include "ggml-cpu-impl.h"
@@ -84,6 +84,52 @@ static std::vector<float> floats(const ggml_fp16_t * x, int64_t n) {
     return y;
 }
 
+// 16-point Hadamard matrix, so that the short strides of a transform are a product over contiguous vectors
+struct hadamard16 {
+    float m[16][16];
+    hadamard16() {
+        for (int i = 0; i < 16; ++i) {
+            for (int j = 0; j < 16; ++j) {
+                int bits = i & j, odd = 0;
+                for (; bits; bits &= bits - 1) {
+                    odd ^= 1;
+                }
+                m[i][j] = odd ? -1.0f : 1.0f;
+            }
+        }
+    }
+};
+static const hadamard16 had16;
+
+// as seqkv_fwht, for one contiguous vector
+static void fwht_row(float * x, int d) {
+    const float s = 1.0f/sqrtf((float) d);
+    for (int i = 0; i < d; i += 16) {
+        vec y[16/VEC];
+        for (int c = 0; c < 16/VEC; ++c) {
+            y[c] = vset1(0.0f);
+        }
+        for (int k = 0; k < 16; ++k) {
+            const vec xk = vset1(s*x[i + k]);
+            for (int c = 0; c < 16/VEC; ++c) {
+                y[c] = vmad(xk, vload(had16.m[k] + c*VEC), y[c]);
+            }
+        }
+        for (int c = 0; c < 16/VEC; ++c) {
+            vstore(x + i + c*VEC, y[c]);
+        }
+    }
+    for (int h = 16; h < d; h *= 2) {
+        for (int i = 0; i < d; i += 2*h) {
+            for (int j = i; j < i + h; ++j) {
+                const float a = x[j], b = x[j + h];
+                x[j]     = a + b;
+                x[j + h] = a - b;
+            }
+        }
+    }
+}
+
 // Hadamard transform of the d rows of x (d, w): each column is one vector
 static void fwht_columns(float * x, int d, int w) {
     for (int h = 1; h < d; h *= 2) {
@@ -133,29 +179,24 @@ void ggml_compute_forward_seqkv_frame(const ggml_compute_params * params, ggml_t
 // writing the cache
 //
 
-static constexpr int LANES = SEQKV_LANES;
-
 // Blocks waiting to be coded together.
 struct block_queue {
     const int bits, graded;
     int       n = 0;
-    float     z[LANES][SEQKV_BLOCK];
-    uint8_t * dst[LANES];
+    float     z[SEQKV_LANES][SEQKV_BLOCK];
+    uint8_t * dst[SEQKV_LANES];
 
     block_queue(int bits, int graded) : bits(bits), graded(graded) {}
 
-    // z: 64 values at the given stride
-    void push(const float * src, int stride, uint8_t * out) {
-        for (int i = 0; i < SEQKV_BLOCK; ++i) {
-            z[n][i] = src[i*stride];
-        }
+    void push(const float * src, uint8_t * out) {
+        memcpy(z[n], src, sizeof(z[n]));
         dst[n++] = out;
-        if (n == LANES) {
+        if (n == SEQKV_LANES) {
             flush();
         }
     }
     void flush() {
-        const float * src[LANES];
+        const float * src[SEQKV_LANES];
         for (int j = 0; j < n; ++j) {
             src[j] = z[j];
         }
@@ -166,9 +207,11 @@ struct block_queue {
     }
 };
 
-// scratch of one thread in floats: enc (dk, dk), vectors (d, LANES), z (d, LANES)
+static constexpr int STORE_ROWS = 16; // head vectors that are transformed together
+
+// scratch of one thread in floats: enc (dk, dk), vectors (STORE_ROWS, d), the same transformed
 static size_t store_floats(const ggml_seqkv_params & p) {
-    return p.dk*p.dk + 2*LANES*std::max(p.dk, p.dv);
+    return p.dk*p.dk + 2*STORE_ROWS*std::max(p.dk, p.dv);
 }
 
 // the oracle: one vector after the other
@@ -192,28 +235,21 @@ static void store_ref(const ggml_tensor * dst, const ggml_fp16_t * row, int h, i
     }
 }
 
-// Up to LANES tokens of one head: their vectors x (d, LANES) to the domain of the cell, in x or z. Returns where.
-static float * transform_lanes(const ggml_seqkv_params & p, form_t form, bool is_key, const head_profile & prof, const float * enc,
-        const int32_t * offset, int n, float * x, float * z) {
-    const int d = is_key ? p.dk : p.dv;
+// Up to STORE_ROWS tokens of one head: their vectors x (n, d) to the domain of the cell, in x or z. Returns where.
+static float * transform_rows(form_t form, const head_profile & prof, const float * enc, const int32_t * offset, int n, int d, float * x, float * z) {
     if (form == DENSE) {
-        for (int j = 0; j < LANES; ++j) {
+        dot_rows(x, enc, n, d, d, z, d);
+        for (int j = 0; j < n; ++j) {
+            const ggml_fp16_t * pred = prof.pred + offset[j]*d;
             for (int i = 0; i < d; ++i) {
-                z[i*LANES + j] = j < n ? -GGML_CPU_FP16_TO_FP32(prof.pred[offset[j]*d + i]) : 0.0f;
+                z[j*d + i] -= GGML_CPU_FP16_TO_FP32(pred[i]);
             }
         }
-        simd_gemm(z, enc, x, d, d, LANES);
         return z;
     }
-    if (prof.v_mean && !is_key) {
-        for (int i = 0; i < d; ++i) {
-            const float mean = GGML_CPU_FP16_TO_FP32(prof.v_mean[i]), scale = GGML_CPU_FP16_TO_FP32(prof.v_scale[i]);
-            for (int j = 0; j < LANES; ++j) {
-                x[i*LANES + j] = scale*(x[i*LANES + j] - mean);
-            }
-        }
+    for (int j = 0; j < n; ++j) {
+        fwht_row(x + j*d, d);
     }
-    fwht_columns(x, d, LANES);
     return x;
 }
 
@@ -263,7 +299,7 @@ void ggml_compute_forward_seqkv_store(const ggml_compute_params * params, ggml_t
 
     float * enc = (float *) params->wdata + params->ith*store_floats(p);
     float * x   = enc + p.dk*p.dk;
-    float * z   = x + LANES*std::max(p.dk, p.dv);
+    float * z   = x + STORE_ROWS*d;
     block_queue queue(bits, ggml_seqkv_graded(dst->type));
 
     // head vectors in the order (head, token), a contiguous share of them for each thread
@@ -276,43 +312,42 @@ void ggml_compute_forward_seqkv_store(const ggml_compute_params * params, ggml_t
         const head_profile tables(bits ? prof : nullptr, p, h);
 
         int       n = 0;
-        int32_t   offset[LANES];
-        uint8_t * out[LANES];
-        for (; item < end && item/n_tokens == h && n < LANES; ++item) {
+        int32_t   offset[STORE_ROWS];
+        uint8_t * out[STORE_ROWS];
+        for (; item < end && item/n_tokens == h && n < STORE_ROWS; ++item) {
             const int64_t t = item%n_tokens;
             if (idxs[t] < 0) {
                 continue;
             }
-            float v[MAX_HEAD];
-            ggml_cpu_fp16_to_fp32(row_of(t) + (is_key ? 0 : p.n_head_kv*p.dk) + h*d, v, d);
-            for (int i = 0; i < d; ++i) {
-                x[i*LANES + n] = v[i];
-            }
+            ggml_cpu_fp16_to_fp32(row_of(t) + (is_key ? 0 : p.n_head_kv*p.dk) + h*d, x + n*d, d);
             offset[n] = token_meta(meta, p, t) & 255;
             out[n++]  = out_of(t) + h*head_size;
         }
         if (n == 0) {
             continue;
         }
-        for (int i = 0; i < d; ++i) {
-            std::fill(x + i*LANES + n, x + (i + 1)*LANES, 0.0f);
-        }
         if (form == DENSE && enc_head != h) {
             ggml_cpu_fp16_to_fp32(tables.enc, enc, d*d);
             enc_head = h;
         }
-        const float * y = transform_lanes(p, form, is_key, tables, enc, offset, n, x, z);
+        if (!is_key && tables.v_mean) {
+            float mean[MAX_HEAD], scale[MAX_HEAD];
+            ggml_cpu_fp16_to_fp32(tables.v_mean,  mean,  d);
+            ggml_cpu_fp16_to_fp32(tables.v_scale, scale, d);
+            for (int j = 0; j < n; ++j) {
+                for (int i = 0; i < d; ++i) {
+                    x[j*d + i] = scale[i]*(x[j*d + i] - mean[i]);
+                }
+            }
+        }
+        const float * y = transform_rows(form, tables, enc, offset, n, d, x, z);
         for (int j = 0; j < n; ++j) {
             if (bits) {
                 for (int i = 0; i < d; i += SEQKV_BLOCK) {
-                    queue.push(y + i*LANES + j, LANES, out[j] + i/SEQKV_BLOCK*ggml_type_size(dst->type));
+                    queue.push(y + j*d + i, out[j] + i/SEQKV_BLOCK*ggml_type_size(dst->type));
                 }
             } else {
-                float v[MAX_HEAD];
-                for (int i = 0; i < d; ++i) {
-                    v[i] = y[i*LANES + j];
-                }
-                from_float(v, out[j], d);
+                from_float(y + j*d, out[j], d);
             }
         }
     }
@@ -453,73 +488,6 @@ static void attn_ref(const ggml_compute_params * params, ggml_tensor * dst) {
     }
 }
 
-// one block -> y[64], the same to the bit as seqkv_decode_block
-#if defined(__AVX512VBMI__) && defined(__AVX512BW__)
-// levels of the indices l of values with B bits
-template <int B>
-static inline __m512i look_up(__m512i l) {
-    const int8_t * level = seqkv_level_table(B);
-    if (B == 0) {
-        return _mm512_setzero_si512();
-    }
-    if (B == 6) {
-        return _mm512_permutex2var_epi8(_mm512_loadu_si512(level), l, _mm512_loadu_si512(level + 64));
-    }
-    return _mm512_permutexvar_epi8(l, _mm512_maskz_loadu_epi8(B >= 5 ? ~0ull : (1ull << (2 << B)%64) - 1, level));
-}
-
-template <int bits, int graded>
-static inline void unpack_block(const uint8_t * b, float * y) {
-    uint64_t q[7];
-    float    f[4];
-    seqkv_index_planes(bits, graded, b, q);
-    seqkv_factors(bits, graded, b, f);
-
-    __m512i l = _mm512_maskz_set1_epi8(q[0], 1);
-    for (int j = 1; j <= bits + 2*graded; ++j) {
-        l = _mm512_mask_add_epi8(l, q[j], l, _mm512_set1_epi8(1 << j));
-    }
-    __m512i levels = look_up<bits>(l);
-    if (graded) {
-        levels = _mm512_mask_blend_epi8(0x000000000000ffffull, levels, look_up<graded ? bits + 2 : bits>(l));
-        levels = _mm512_mask_blend_epi8(0xffffffff00000000ull, levels, look_up<graded ? bits - 1 : bits>(l));
-    }
-    const __m128i part[4] = {
-        _mm512_castsi512_si128(levels),           _mm512_extracti32x4_epi32(levels, 1),
-        _mm512_extracti32x4_epi32(levels, 2),     _mm512_extracti32x4_epi32(levels, 3),
-    };
-    for (int k = 0; k < 4; ++k) {
-        _mm512_storeu_ps(y + 16*k, _mm512_mul_ps(_mm512_set1_ps(f[k]), _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(part[k]))));
-    }
-}
-#else
-template <int bits, int graded>
-static inline void unpack_block(const uint8_t * b, float * y) {
-    seqkv_decode_block(bits, graded, b, y);
-}
-#endif
-
-template <int bits, int graded>
-static void unpack_blocks(const char * src, float * y, int d) {
-    for (int i = 0; i < d; i += SEQKV_BLOCK, src += seqkv_block_bytes(bits, graded)) {
-        unpack_block<bits, graded>((const uint8_t *) src, y + i);
-    }
-}
-
-// blocks of a head -> y[d], in their transform domain
-static void unpack_head(int bits, int graded, const char * src, float * y, int d) {
-    switch (bits << 1 | graded) {
-        case 2:  unpack_blocks<1, 0>(src, y, d); break;
-        case 3:  unpack_blocks<1, 1>(src, y, d); break;
-        case 4:  unpack_blocks<2, 0>(src, y, d); break;
-        case 5:  unpack_blocks<2, 1>(src, y, d); break;
-        case 6:  unpack_blocks<3, 0>(src, y, d); break;
-        case 7:  unpack_blocks<3, 1>(src, y, d); break;
-        case 8:  unpack_blocks<4, 0>(src, y, d); break;
-        default: unpack_blocks<4, 1>(src, y, d); break;
-    }
-}
-
 // y (d, n) <- x (n, d), multiples of 16
 static void transpose(const float * GGML_RESTRICT x, float * GGML_RESTRICT y, int n, int d) {
 #if defined(__SSE__)
@@ -547,48 +515,6 @@ static void transpose(const float * GGML_RESTRICT x, float * GGML_RESTRICT y, in
         }
     }
 #endif
-}
-
-// 16-point Hadamard matrix, so that the short strides of a transform are a product over contiguous vectors
-struct hadamard16 {
-    float m[16][16];
-    hadamard16() {
-        for (int i = 0; i < 16; ++i) {
-            for (int j = 0; j < 16; ++j) {
-                int bits = i & j, odd = 0;
-                for (; bits; bits &= bits - 1) {
-                    odd ^= 1;
-                }
-                m[i][j] = odd ? -1.0f : 1.0f;
-            }
-        }
-    }
-};
-static const hadamard16 had16;
-
-// as seqkv_fwht, for one contiguous vector
-static void fwht_row(float * x, int d) {
-    const float s = 1.0f/sqrtf((float) d);
-    for (int i = 0; i < d; i += 16) {
-        float y[16] = { 0.0f };
-        for (int k = 0; k < 16; ++k) {
-            for (int j = 0; j < 16; ++j) {
-                y[j] += x[i + k]*had16.m[k][j];
-            }
-        }
-        for (int j = 0; j < 16; ++j) {
-            x[i + j] = s*y[j];
-        }
-    }
-    for (int h = 16; h < d; h *= 2) {
-        for (int i = 0; i < d; i += 2*h) {
-            for (int j = i; j < i + h; ++j) {
-                const float a = x[j], b = x[j + h];
-                x[j]     = a + b;
-                x[j + h] = a - b;
-            }
-        }
-    }
 }
 
 // Scratch of one thread. Shapes in floats; nq: query rows of the largest tile.
@@ -693,7 +619,7 @@ struct attn_worker {
         }
         if (form == DENSE) {
             std::fill(w.qf, w.qf + nq*dk, 0.0f);
-            simd_gemm(w.qf, w.qr, w.dec, nq, dk, dk);
+            mad_rows(w.qr, dk, w.dec, nq, dk, dk, w.qf);
         }
         q_origin = origin;
         q_form   = form;
@@ -769,37 +695,30 @@ struct attn_worker {
             set_tables();
         }
 
-        for (int j = 0; j < tw; ++j) {
-            float * kj = w.k + j*p.dk;
-            if (j >= n || !live[j]) {
-                std::fill(kj, kj + p.dk, 0.0f);
-            } else if (!cells) {
-                ggml_cpu_fp16_to_fp32(a.exact(s, j0 + j) + h*p.dk, kj, p.dk);
-            } else if (a.bits_k) {
-                unpack_head(a.bits_k, a.graded_k, a.cell_k(s, j0 + j, h), kj, p.dk);
-                if (form == DENSE) {
-                    const float * pred = w.pred + (meta[j] & 255)*p.dk;
-                    for (int i = 0; i < p.dk; ++i) {
-                        kj[i] += pred[i];
-                    }
+        std::fill(live + n, live + tw, false);
+        if (cells && a.bits_k) {
+            unpack_rows(a.bits_k, a.graded_k, a.cell_k(s, j0, h), a.k->nb[1], live, tw, form == DENSE ? w.pred : nullptr, meta, p.dk, w.k);
+        } else {
+            for (int j = 0; j < tw; ++j) {
+                float * kj = w.k + j*p.dk;
+                if (!live[j]) {
+                    std::fill(kj, kj + p.dk, 0.0f);
+                } else if (cells) {
+                    to_float(a.k, a.cell_k(s, j0 + j, h), kj, p.dk);
+                } else {
+                    ggml_cpu_fp16_to_fp32(a.exact(s, j0 + j) + h*p.dk, kj, p.dk);
                 }
-            } else {
-                to_float(a.k, a.cell_k(s, j0 + j, h), kj, p.dk);
             }
         }
-        transpose(w.k, w.kt, tw, p.dk);
 
-        const float * q = w.q;
-        const float * k = w.kt;
         if (frame_q) {
             set_query_frame(first_origin(meta, n), form);
-            q = w.qf;
+            dot_rows(w.qf, w.k, nq, tw, p.dk, w.s, tw);
         } else {
-            k = keys_to_absolute(meta, n, tw, form, one_origin);
+            transpose(w.k, w.kt, tw, p.dk);
+            std::fill(w.s, w.s + nq*tw, 0.0f);
+            simd_gemm(w.s, w.q, keys_to_absolute(meta, n, tw, form, one_origin), nq, p.dk, tw);
         }
-
-        std::fill(w.s, w.s + nq*tw, 0.0f);
-        simd_gemm(w.s, q, k, nq, p.dk, tw);
 
         const bool transformed_v = cells && a.form_v != PLAIN;
         for (int r = 0; r < nq; ++r) {
@@ -847,19 +766,21 @@ struct attn_worker {
             }
         }
 
-        for (int j = 0; j < tw; ++j) {
-            float * vj = w.v + j*p.dv;
-            if (j >= n || !live[j]) {
-                std::fill(vj, vj + p.dv, 0.0f);
-            } else if (!cells) {
-                ggml_cpu_fp16_to_fp32(a.exact(s, j0 + j) + p.n_head_kv*p.dk + h*p.dv, vj, p.dv);
-            } else if (a.bits_v) {
-                unpack_head(a.bits_v, 0, a.cell_v(s, j0 + j, h), vj, p.dv);
-            } else {
-                to_float(a.v, a.cell_v(s, j0 + j, h), vj, p.dv);
+        if (cells && a.bits_v) {
+            unpack_rows(a.bits_v, 0, a.cell_v(s, j0, h), a.v->nb[1], live, tw, nullptr, nullptr, p.dv, w.v);
+        } else {
+            for (int j = 0; j < tw; ++j) {
+                float * vj = w.v + j*p.dv;
+                if (!live[j]) {
+                    std::fill(vj, vj + p.dv, 0.0f);
+                } else if (cells) {
+                    to_float(a.v, a.cell_v(s, j0 + j, h), vj, p.dv);
+                } else {
+                    ggml_cpu_fp16_to_fp32(a.exact(s, j0 + j) + p.n_head_kv*p.dk + h*p.dv, vj, p.dv);
+                }
             }
         }
-        simd_gemm(transformed_v ? w.acc_z : w.acc_x, w.s, w.v, nq, tw, p.dv);
+        mad_rows(w.s, tw, w.v, nq, tw, p.dv, transformed_v ? w.acc_z : w.acc_x);
     }
 
     // rows [j0, j1): runs of one frame become tiles; where cells are out of order, mixed tiles
