@@ -103,7 +103,7 @@ SEQKV_FN void seqkv_step(const uint32_t * SEQKV_RESTRICT nearest, const float * 
 
 // Best path of n values z (n, SEQKV_LANES) for each lane: end[j] its last state, err[j] its squared error, in units of the levels.
 SEQKV_FN void seqkv_search(const uint32_t * nearest, const float (*z)[SEQKV_LANES], int n, const float * inv,
-                           seqkv_paths * paths, uint8_t * end, float * err) {
+                           seqkv_paths * paths, int32_t * end, float * err) {
     float cost[2][8][SEQKV_LANES];
     for (int s = 0; s < 8; ++s) {
         for (int j = 0; j < SEQKV_LANES; ++j) {
@@ -117,11 +117,12 @@ SEQKV_FN void seqkv_search(const uint32_t * nearest, const float (*z)[SEQKV_LANE
     for (int j = 0; j < SEQKV_LANES; ++j) {
         err[j] = cost[0][0][j];
         end[j] = 0;
-        for (int s = 1; s < 8; ++s) {
-            if (cost[0][s][j] < err[j]) {
-                err[j] = cost[0][s][j];
-                end[j] = (uint8_t) s;
-            }
+    }
+    for (int s = 1; s < 8; ++s) {
+        SEQKV_LANE_LOOP
+        for (int j = 0; j < SEQKV_LANES; ++j) {
+            end[j] = cost[0][s][j] < err[j] ? s : end[j];
+            err[j] = cost[0][s][j] < err[j] ? cost[0][s][j] : err[j];
         }
     }
 }
@@ -160,7 +161,7 @@ static inline void seqkv_encode_group(int B, int graded, const float (*z)[SEQKV_
     int   first[SEQKV_LANES];         // gain of the first try
     float best [SEQKV_LANES];         // squared error of what is kept; zeros to begin with
     int   kept [SEQKV_LANES] = { 0 }; // which try that is
-    uint8_t state[SEQKV_LANES] = { 0 };
+    int32_t state[SEQKV_LANES] = { 0 };
     for (int j = 0; j < n_blocks; ++j) {
         const float e = energy[j] < 1e-30f ? 0.0f : floorf(0.5f*steps*log2f(energy[j]/n));
         first[j] = (int) e + bias;
@@ -175,7 +176,7 @@ static inline void seqkv_encode_group(int B, int graded, const float (*z)[SEQKV_
     for (int t0 = 0; t0 < n_tries; t0 += SEQKV_LANES) {
         int     g  [SEQKV_LANES];
         float   s  [SEQKV_LANES], inv[SEQKV_LANES], err[SEQKV_LANES];
-        uint8_t end[SEQKV_LANES];
+        int32_t end[SEQKV_LANES];
         float   zt [SEQKV_BLOCK][SEQKV_LANES];
         int     block[SEQKV_LANES];
         for (int j = 0; j < SEQKV_LANES; ++j) {
@@ -213,15 +214,23 @@ static inline void seqkv_encode_group(int B, int graded, const float (*z)[SEQKV_
     for (int l = 0; l < 2 << B; ++l) {
         index[(uint8_t) level[l]] = (uint8_t) (l >> 2);
     }
+    const uint32_t * levels[SEQKV_LANES], * older[SEQKV_LANES];
+    for (int j = 0; j < n_blocks; ++j) {
+        levels[j] = &paths[kept[j]/SEQKV_LANES].levels[0][kept[j]%SEQKV_LANES];
+        older[j]  = &paths[kept[j]/SEQKV_LANES].older [0][kept[j]%SEQKV_LANES];
+    }
     for (int i = n - 1; i >= 0; --i) {
         for (int j = 0; j < n_blocks; ++j) {
-            const seqkv_paths * path = &paths[kept[j]/SEQKV_LANES];
-            const int      lane   = kept[j]%SEQKV_LANES;
-            const uint32_t s      = state[j];
-            const uint32_t older  = path->older[i][lane] >> s & 1;
-            const uint32_t subset = (s >> 2 & 1) | ((s ^ s >> 1 ^ older) & 1) << 1;
-            codes[j][i] = (uint8_t) (gains[j] ? (s & 1) | index[path->levels[i][lane] >> 8*subset & 255] << 1 : 0);
-            state[j] = (uint8_t) (s >> 1 | older << 2);
+            const uint32_t s      = (uint32_t) state[j];
+            const uint32_t oldest = older[j][i*SEQKV_LANES] >> s & 1;
+            const uint32_t subset = (s >> 2 & 1) | ((s ^ s >> 1 ^ oldest) & 1) << 1;
+            codes[j][i] = (uint8_t) ((s & 1) | index[levels[j][i*SEQKV_LANES] >> 8*subset & 255] << 1);
+            state[j]    = (int32_t) (s >> 1 | oldest << 2);
+        }
+    }
+    for (int j = 0; j < n_blocks; ++j) {
+        for (int i = 0; gains[j] == 0 && i < n; ++i) {
+            codes[j][i] = 0;
         }
     }
 }
