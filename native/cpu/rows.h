@@ -209,24 +209,27 @@ static inline void unpack_block(const uint8_t * b, const factor_table<bits, grad
 
 // Rows of a tile: row j at src + j*stride -> y (n, d), zeros where live[j] is not set. pred (64, d): prediction by offset
 // (meta[j] & 255) that is added, or NULL.
+template <int bits, int graded, bool summed>
+static void unpack_column(const uint8_t * b, size_t stride, const bool * live, int n, const float * pred, const int32_t * meta, int d, float * y) {
+    const auto & f = block_factors<bits, graded>;
+    for (int j = 0; j < n; ++j, b += stride, y += d) {
+        if (live[j]) {
+            unpack_block<bits, graded, summed>(b, f, summed ? pred + (meta[j] & 255)*d : nullptr, y);
+        } else {
+            for (int i = 0; i < SEQKV_BLOCK; ++i) {
+                y[i] = 0.0f;
+            }
+        }
+    }
+}
+
 template <int bits, int graded>
 static void unpack_plan(const char * src, size_t stride, const bool * live, int n, const float * pred, const int32_t * meta, int d, float * y) {
-    const auto & f = block_factors<bits, graded>;
-    for (int j = 0; j < n; ++j, src += stride, y += d) {
-        if (!live[j]) {
-            std::fill(y, y + d, 0.0f);
-            continue;
-        }
-        const uint8_t * b = (const uint8_t *) src;
+    for (int i = 0; i < d; i += SEQKV_BLOCK, src += seqkv_block_bytes(bits, graded)) {
         if (pred) {
-            const float * add = pred + (meta[j] & 255)*d;
-            for (int i = 0; i < d; i += SEQKV_BLOCK, b += seqkv_block_bytes(bits, graded)) {
-                unpack_block<bits, graded, true>(b, f, add + i, y + i);
-            }
+            unpack_column<bits, graded, true >((const uint8_t *) src, stride, live, n, pred + i, meta, d, y + i);
         } else {
-            for (int i = 0; i < d; i += SEQKV_BLOCK, b += seqkv_block_bytes(bits, graded)) {
-                unpack_block<bits, graded, false>(b, f, nullptr, y + i);
-            }
+            unpack_column<bits, graded, false>((const uint8_t *) src, stride, live, n, nullptr,  meta, d, y + i);
         }
     }
 }

@@ -889,10 +889,10 @@ void ggml_compute_forward_seqkv_attn(const ggml_compute_params * params, ggml_te
     const int64_t n_units = a.n_stream*n_tiles*p.n_head_kv*nc;
 
     for (int64_t unit = params->ith; unit < n_units; unit += params->nth) {
-        const int64_t c  = unit%nc;
-        const int     h  = (int) (unit/nc%p.n_head_kv);
-        const int64_t ti = unit/nc/p.n_head_kv%n_tiles;
-        const int64_t s  = unit/nc/p.n_head_kv/n_tiles;
+        const int     h  = (int) (unit%p.n_head_kv); // all heads of the same cells: these share cache lines
+        const int64_t c  = unit/p.n_head_kv%nc;
+        const int64_t ti = unit/p.n_head_kv/nc%n_tiles;
+        const int64_t s  = unit/p.n_head_kv/nc/n_tiles;
         const int64_t t0 = ti*tile_t;
         const int     nt = (int) std::min<int64_t>(tile_t, a.n_tokens - t0);
 
