@@ -5,10 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -83,20 +81,6 @@ class MemoryRow:
     """what the library reports for the context; None on unpatched libraries"""
     kv_bytes_process: int
     """growth of the process (and device) when the cache is made"""
-
-
-@dataclass(frozen=True)
-class SpeedRow:
-    """Speed of one KV type at one depth; medians over the runs; `--json` prints these fields."""
-
-    kv: str
-    depth: int
-    decode_tps: float
-    decode_spread: float
-    """(max - min) / median over the runs"""
-    prefill_tps: float
-    prefill_spread: float
-    runs: int
 
 
 # --- quality ---
@@ -526,52 +510,6 @@ def plot_memory(rows: list[MemoryRow], path: Path) -> None:
     pyplot.close(figure)
 
 
-# --- speed ---
-
-
-def speed(args: argparse.Namespace) -> list[SpeedRow]:
-    """Prefill of 512 tokens and decode of 32 single tokens behind every depth."""
-    kvs, depths = parse_list(args.kv), sorted(parse_numbers(args.depth, least=0))
-    n_prefill, n_decode = 512, 32
-    n_ctx = depths[-1] + n_prefill + n_decode
-    rows = []
-    with open_model(model.resolve(args.model), ngl=args.ngl) as loaded:
-        sentence = "The quick brown fox jumps over the lazy dog. "
-        filler = loaded.tokenize(sentence * 64, add_special=False, parse_special=False)
-
-        def text(n: int) -> list[int]:
-            return (filler * (n // len(filler) + 1))[:n]
-
-        settings = {"n_batch": args.batch, "threads": args.threads, "force": args.force, "options": kv_options(args)}
-        with progress_bar("speed, depths", len(kvs) * len(depths)) as advance:
-            for kv in kvs:
-                with loaded.context(kv, n_ctx=n_ctx, **settings) as context:
-                    context.evaluate(text(16))  # first-use costs
-                    for depth in depths:
-                        context.keep(depth)
-                        context.evaluate(text(depth - context.n_past))
-                        prefill = [_timed(context, depth, [text(n_prefill)]) for _ in range(args.runs)]
-                        decode = [_timed(context, depth, [[t] for t in text(n_decode)]) for _ in range(args.runs)]
-                        rows.append(SpeedRow(str(kv), depth, *_stats(decode), *_stats(prefill), args.runs))
-                        advance(1)
-    return rows
-
-
-def _timed(context: Context, depth: int, batches: list[list[int]]) -> float:
-    """Tokens per second of evaluating batches at `depth`; the cache is left as it was."""
-    started = time.perf_counter()
-    for batch in batches:
-        context.evaluate(batch)
-    elapsed = time.perf_counter() - started
-    context.keep(depth)
-    return sum(map(len, batches)) / elapsed
-
-
-def _stats(values: list[float]) -> tuple[float, float]:
-    middle = statistics.median(values)
-    return middle, (max(values) - min(values)) / middle
-
-
 # --- command ---
 
 
@@ -631,6 +569,12 @@ _FORMATS: dict[str, Callable[[Any], str]] = {
     "prefill_tps": lambda v: f"{v:.0f}",
     "decode_spread": lambda v: f"{100 * v:.0f} %",
     "prefill_spread": lambda v: f"{100 * v:.0f} %",
+    "us_per_1000": lambda v: f"{v:.0f}",
+    "read_gbs": lambda v: f"{v:.2f}",
+    "read_share": lambda v: f"{100 * v:.1f} %",
+    "gflops": lambda v: f"{v:.1f}",
+    "gflops_share": lambda v: f"{100 * v:.1f} %",
+    "store_share": lambda v: f"{100 * v:.1f} %",
 }
 
 
@@ -685,11 +629,13 @@ def run(args: argparse.Namespace) -> int:
     if args.what == "memory" and args.worker:
         print(json.dumps(asdict(memory_worker(args))))
         return 0
+    from .speed import print_speed, speed
+
     measures: dict[str, Callable[[argparse.Namespace], list[Any]]]
     measures = {"memory": memory, "quality": quality, "speed": speed}
     rows = measures[args.what](args)
     if args.json != "-":
-        show = print_quality if args.what == "quality" else print_table
+        show: Callable[[str, list[Any]], None] = {"memory": print_table, "quality": print_quality, "speed": print_speed}[args.what]
         show(f"{args.what}: {model.resolve(args.model).name}", rows)
     if args.json:
         write_json(rows, args.json)

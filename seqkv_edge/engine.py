@@ -122,8 +122,13 @@ class Model:
         options: KvOptions | None = None,
         threads: int | None = None,
         force: bool = False,
+        node_done: Callable[[str], None] | None = None,
     ) -> Context:
-        """A new context. Raises ModelError, ProfileError, MemoryLimitError."""
+        """A new context. Raises ModelError, ProfileError, MemoryLimitError.
+
+        node_done is called with the op's name after each node of the graph has been computed. It must not raise, and
+        costs a synchronization a node: for measurements.
+        """
         options = options or KvOptions()
         if n_ctx <= 0 or n_batch <= 0:
             raise UsageError(f"context ({n_ctx}) and batch ({n_batch}) must be positive")
@@ -140,6 +145,18 @@ class Model:
         params.type_k, params.type_v = type_k, type_v
         params.no_perf = True
         params.n_threads = params.n_threads_batch = threads or os.cpu_count() or 1
+        observe = None
+        if node_done is not None:
+            desc = llama.library().handle.ggml_op_desc
+            desc.argtypes, desc.restype = [ctypes.c_void_p], ctypes.c_char_p
+
+            def observe_node(tensor: int, ask: bool, _data: object) -> bool:
+                if not ask:
+                    node_done(desc(tensor).decode())
+                return True
+
+            observe = self.api.ggml_backend_sched_eval_callback(observe_node)
+            params.cb_eval = observe
         # the unwrapped function: the model was prepared just now, with options that the wrapper does not know
         init = self.api.llama_init_from_model
         pointer = getattr(init, "__wrapped__", init)(self.pointer, params)
@@ -148,14 +165,15 @@ class Model:
                 f"llama.cpp cannot make a context of {n_ctx} tokens in {kv} for {self.path.name}: "
                 f"{llama.log.reason() or 'no reason given'}"
             )
-        return Context(self, kv, pointer, n_batch)
+        return Context(self, kv, pointer, n_batch, observe)
 
 
 class Context:
     """A KV cache with one sequence (id 0)."""
 
-    def __init__(self, model: Model, kv: KvSpec, pointer: int, n_batch: int) -> None:
+    def __init__(self, model: Model, kv: KvSpec, pointer: int, n_batch: int, callback: object = None) -> None:
         self.model, self.kv, self.n_batch = model, kv, n_batch
+        self._callback = callback  # the library holds it as long as the context lives
         self.api = model.api
         self.pointer: int | None = pointer
         self.memory = self.api.llama_get_memory(pointer)

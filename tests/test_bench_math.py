@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from seqkv_edge import bench, fit, llama
+from seqkv_edge import bench, fit, llama, speed
 from seqkv_edge.bench import (
     QUALITY_KV,
     QUALITY_PEERS,
@@ -288,6 +288,36 @@ def test_cells():
     assert format_cell("top1_agreement", 0.8951) == "89.5 %"
     assert format_cell("kv_bytes_reported", None) == "-"
     assert format_cell("kld_mean", 0.0123456) == "0.01235"
+
+
+def test_slope_of_decode_times():
+    first = speed.SpeedRow("f16", 0, 100.0, 0.0, 500.0, 0.0, 3)
+    row = speed.SpeedRow("f16", 2000, 50.0, 0.0, 400.0, 0.0, 3)
+    found = speed.with_slope(row, first, (1000.0, 4000.0), speed.Machine(copy_gbs=10.0, gflops=8.0))
+    assert found.us_per_1000 == pytest.approx(5000)  # 10 ms more behind 2,000 tokens
+    assert found.read_gbs == pytest.approx(0.2) and found.read_share == pytest.approx(0.02)
+    assert found.gflops == pytest.approx(0.8) and found.gflops_share == pytest.approx(0.1)
+    on_gpu = speed.with_slope(row, first, (1000.0, 4000.0), None)
+    assert on_gpu.read_gbs == pytest.approx(0.2) and on_gpu.read_share is None and on_gpu.gflops_share is None
+    faster = speed.with_slope(speed.SpeedRow("f16", 2000, 200.0, 0.0, 400.0, 0.0, 3), first, (1.0, 1.0), None)
+    assert faster.us_per_1000 < 0 and faster.read_gbs is None  # noise makes no bandwidth
+    assert speed.with_slope(first, first, (1.0, 1.0), None) == first
+
+
+def test_cost_of_a_cached_token(loaded):
+    size, operations = speed.per_cached_token(loaded, llama.KvSpec.parse("f16"))
+    meta = loaded.meta
+    values = sum(layer.k_values + layer.v_values for layer in meta.layers)
+    assert size == 2 * values
+    assert operations == 2 * values * meta.n_head / meta.heads_kv[0]
+    assert speed.per_cached_token(loaded, llama.KvSpec.parse("q8_0"))[0] == pytest.approx(values * 8.5 / 8)
+
+
+def test_store_share_is_measured(loaded):
+    tokens = list(range(5, 69))
+    settings = {"n_batch": 64, "threads": 1, "force": True, "options": KvOptions(4, 64, None)}
+    assert 0 < speed.store_share(loaded, llama.KvSpec.parse("seqkv3"), tokens, settings) < 1
+    assert speed.store_share(loaded, llama.KvSpec.parse("f16"), tokens, settings) == 0
 
 
 def test_removal_of_a_turn():
