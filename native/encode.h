@@ -7,6 +7,7 @@
 
 #include "decode.h"
 
+#include <float.h>
 #include <math.h>
 
 #define SEQKV_LANES 16
@@ -241,7 +242,7 @@ static inline void seqkv_encode_blocks(int bits, int graded, const float * const
     float z[SEQKV_BLOCK][SEQKV_LANES] = { { 0.0f } };
     for (int j = 0; j < n; ++j) {
         for (int i = 0; i < SEQKV_BLOCK; ++i) {
-            float v = fabsf(x[j][i]) <= 3.4e38f ? x[j][i] : 0.0f;
+            float v = fabsf(x[j][i]) <= FLT_MAX ? x[j][i] : 0.0f;
             v = v < 1e15f ? v : 1e15f;
             z[i][j] = v > -1e15f ? v : -1e15f;
         }
