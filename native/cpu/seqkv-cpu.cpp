@@ -577,6 +577,7 @@ struct attn_worker {
     int32_t q_origin = -1; // what w.qf holds: origin row of rot
     form_t  q_form   = PLAIN;
     bool    has_tables = false;
+    bool    has_z      = false; // transformed values have been read
 
     attn_worker(const attn_view & a, const attn_scratch & w, int64_t s, int h, int64_t t0, int nt) :
         a(a), w(w), s(s), h(h), t0(t0), nt(nt), nq(nt*a.group) {
@@ -781,6 +782,7 @@ struct attn_worker {
             }
         }
         mad_rows(w.s, tw, w.v, nq, tw, p.dv, transformed_v ? w.acc_z : w.acc_x);
+        has_z |= transformed_v;
     }
 
     // rows [j0, j1): runs of one frame become tiles; where cells are out of order, mixed tiles
@@ -795,18 +797,19 @@ struct attn_worker {
             }
             const int64_t end = std::min(std::min(j1, j0 < p.n_kv ? (int64_t) p.n_kv : j1), j0 + TILE);
             int32_t origin = -1;
-            int64_t j = j0;
+            int64_t j = j0, last = j0; // last: of the rows in use
             for (; j < end; ++j) {
                 if (meta[j] >= 0) {
                     if (origin >= 0 && meta[j] >> 8 != origin) {
                         break;
                     }
                     origin = meta[j] >> 8;
+                    last   = j;
                 }
             }
             const bool one_origin = j == end || j - j0 >= MIN_RUN;
             const int64_t n = one_origin ? j - j0 : end - j0;
-            tile(j0, (int) n, one_origin);
+            tile(j0, (int) (one_origin ? last + 1 - j0 : n), one_origin);
             j0 += n;
         }
     }
@@ -814,7 +817,7 @@ struct attn_worker {
     // acc_x <- acc_x + l_z mean + (H acc_z)/scale: everything in the value domain, not yet divided by l
     void finish() {
         const auto & p = a.p;
-        if (a.form_v == PLAIN) {
+        if (!has_z) {
             return;
         }
         const head_profile tables = a.tables_v(h);
