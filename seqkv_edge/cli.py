@@ -99,6 +99,7 @@ def _bench(parser: argparse.ArgumentParser) -> None:
             kind.add_argument("--quarters", action="store_true", help="also the mean KLD in each quarter of the window")
         else:
             kind.add_argument("--depth", default="0,4096", metavar="LIST", help="tokens in the cache (default 0,4096)")
+            kind.add_argument("--prefill", type=int, default=512, metavar="N", help="tokens of a prefill measurement (default 512)")
             kind.add_argument("--runs", type=int, default=3, metavar="N", help="repetitions (default 3)")
 
 

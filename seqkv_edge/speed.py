@@ -18,10 +18,11 @@ from . import llama, model
 from .bench import format_cell, parse_list, parse_numbers, print_records, progress_bar
 from .chat import kv_options
 from .engine import Context, Model, open_model
+from .errors import UsageError
 from .llama import KvSpec
 
-N_PREFILL, N_DECODE = 512, 32
-"""tokens of a measurement"""
+N_DECODE = 32
+"""tokens of a decode measurement"""
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,8 @@ class SpeedRow:
     """(max - min) / median over the runs"""
     prefill_tps: float
     prefill_spread: float
+    n_prefill: int
+    """tokens of a prefill measurement"""
     runs: int
     us_per_1000: float | None = None
     """microseconds that a generated token costs more for each 1,000 tokens of depth, from the first depth to this one: all of
@@ -112,9 +115,12 @@ def with_slope(row: SpeedRow, first: SpeedRow, cost: tuple[float, float], machin
 
 
 def speed(args: argparse.Namespace) -> list[SpeedRow]:
-    """Prefill of 512 tokens and decode of 32 single tokens behind every depth."""
+    """Prefill of --prefill tokens and decode of 32 single tokens behind every depth."""
+    n_prefill = args.prefill
+    if n_prefill < 1:
+        raise UsageError("--prefill must be at least 1")
     kvs, depths = parse_list(args.kv), sorted(set(parse_numbers(args.depth, least=0)))
-    n_ctx = depths[-1] + N_PREFILL + N_DECODE
+    n_ctx = depths[-1] + n_prefill + N_DECODE
     rows = []
     with open_model(model.resolve(args.model), ngl=args.ngl) as loaded:
         filler = loaded.tokenize("The quick brown fox jumps over the lazy dog. " * 64, add_special=False, parse_special=False)
@@ -126,16 +132,16 @@ def speed(args: argparse.Namespace) -> list[SpeedRow]:
         settings = {"n_batch": args.batch, "threads": args.threads, "force": args.force, "options": kv_options(args)}
         with progress_bar("speed, depths", len(kvs) * len(depths)) as advance:
             for kv in kvs:
-                share = store_share(loaded, kv, text(N_PREFILL), settings) if kv.ours else None
+                share = store_share(loaded, kv, text(n_prefill), settings) if kv.ours else None
                 cost, first = per_cached_token(loaded, kv), None
                 with loaded.context(kv, n_ctx=n_ctx, **settings) as context:
                     context.evaluate(text(16))  # first-use costs
                     for depth in depths:
                         context.keep(depth)
                         context.evaluate(text(depth - context.n_past))
-                        prefill = [_timed(context, depth, [text(N_PREFILL)]) for _ in range(args.runs)]
+                        prefill = [_timed(context, depth, [text(n_prefill)]) for _ in range(args.runs)]
                         decode = [_timed(context, depth, [[t] for t in text(N_DECODE)]) for _ in range(args.runs)]
-                        row = SpeedRow(str(kv), depth, *_stats(decode), *_stats(prefill), args.runs, store_share=None if first else share)
+                        row = SpeedRow(str(kv), depth, *_stats(decode), *_stats(prefill), n_prefill, args.runs, store_share=None if first else share)
                         first = first or row
                         rows.append(with_slope(row, first, cost, machine))
                         advance(1)
@@ -185,8 +191,8 @@ def print_speed(title: str, rows: list[SpeedRow]) -> None:
             records = [asdict(row) for row in rows]
             print_records(title, [{name.replace("_", " "): format_cell(name, record[name]) for name in names} for record in records])
 
-    table(title, ["kv", "depth", "decode_tps", "decode_spread", "prefill_tps", "prefill_spread", "runs"], rows)
+    table(title, ["kv", "depth", "decode_tps", "decode_spread", "prefill_tps", "prefill_spread", "n_prefill", "runs"], rows)
     cost = ["kv", "depth", "us_per_1000", "read_gbs", "read_share", "gflops", "gflops_share"]
     table("cost of cached tokens (us for a generated token per 1,000 cached; shares of a copy and of a matrix product)",
           cost, [row for row in rows if row.us_per_1000 is not None])  # fmt: skip
-    table("writing the cache, share of a prefill of 512", ["kv", "store_share"], [row for row in rows if row.store_share is not None])
+    table("writing the cache, share of a prefill in an empty cache", ["kv", "store_share"], [row for row in rows if row.store_share is not None])

@@ -291,15 +291,15 @@ def test_cells():
 
 
 def test_slope_of_decode_times():
-    first = speed.SpeedRow("f16", 0, 100.0, 0.0, 500.0, 0.0, 3)
-    row = speed.SpeedRow("f16", 2000, 50.0, 0.0, 400.0, 0.0, 3)
+    first = speed.SpeedRow("f16", 0, 100.0, 0.0, 500.0, 0.0, 512, 3)
+    row = speed.SpeedRow("f16", 2000, 50.0, 0.0, 400.0, 0.0, 512, 3)
     found = speed.with_slope(row, first, (1000.0, 4000.0), speed.Machine(copy_gbs=10.0, gflops=8.0))
     assert found.us_per_1000 == pytest.approx(5000)  # 10 ms more behind 2,000 tokens
     assert found.read_gbs == pytest.approx(0.2) and found.read_share == pytest.approx(0.02)
     assert found.gflops == pytest.approx(0.8) and found.gflops_share == pytest.approx(0.1)
     on_gpu = speed.with_slope(row, first, (1000.0, 4000.0), None)
     assert on_gpu.read_gbs == pytest.approx(0.2) and on_gpu.read_share is None and on_gpu.gflops_share is None
-    faster = speed.with_slope(speed.SpeedRow("f16", 2000, 200.0, 0.0, 400.0, 0.0, 3), first, (1.0, 1.0), None)
+    faster = speed.with_slope(speed.SpeedRow("f16", 2000, 200.0, 0.0, 400.0, 0.0, 512, 3), first, (1.0, 1.0), None)
     assert faster.us_per_1000 < 0 and faster.read_gbs is None  # noise makes no bandwidth
     assert speed.with_slope(first, first, (1.0, 1.0), None) == first
 
