@@ -14,8 +14,8 @@ import sys
 from pathlib import Path
 
 from seqkv_edge import model
+from seqkv_edge.calibrate import default_text
 from seqkv_edge.engine import open_model
-from seqkv_edge.profile import default_text
 
 FACT = "The maintainers of this manual meet in the town of Oldenmark on the third Friday of March."
 QUESTIONS = (
