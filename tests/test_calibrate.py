@@ -164,6 +164,27 @@ def test_too_short_texts_and_numbers_are_refused(loaded: Model) -> None:
             measure(loaded, n_tokens=n)
 
 
+def test_built_in_text_is_of_several_kinds() -> None:
+    text = calibrate.default_text()
+    assert text == calibrate.default_text()
+    start = text[:14_000]  # of a profile of 4,096 tokens
+    at = [start.index(part) for part in ("Die Werkstatt", "Le marché", "春天", "def merge(", "def get(self")]
+    assert at == sorted(at) and calibrate.documentation().startswith(start[: at[0]].rstrip())
+    assert 6_000 < at[0] < 10_000 and text.endswith(calibrate.documentation()[-100_000:])
+
+
+def test_missing_sources_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    import inspect
+
+    def getsource(_function: object) -> str:
+        raise OSError
+
+    monkeypatch.setattr(inspect, "getsource", getsource)
+    with pytest.warns(RuntimeWarning, match="without a sample of code"):
+        text = calibrate.default_text()
+    assert "Die Werkstatt" in text and "def merge(" not in text
+
+
 def test_ranges() -> None:
     assert calibrate._ranges([7, 0, 2, 1]) == "0-2, 7" and calibrate._ranges([3]) == "3"
 
