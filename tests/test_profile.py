@@ -32,6 +32,7 @@ def tensors(path: Path) -> dict[str, np.ndarray]:
 @pytest.mark.model
 def test_shipped_profile_is_of_the_default_model_and_found(default_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(profile, "cache_dir", lambda: tmp_path)
+    monkeypatch.setattr(profile, "beside", lambda _model: tmp_path / "none.gguf")
     found = profile.find(default_model, fingerprint(default_model))
     assert found is not None and found.read_bytes() == SHIPPED.read_bytes()
 
