@@ -212,8 +212,8 @@ def _decoder(w: _Weights) -> None:
     gemma = spec.arch in ("gemma2", "gemma3")
     layer_norm = spec.arch in ("bloom", "mpt")
     e = _embedding(w)
-    if gemma:  # embedding and output are one matrix; the embedding is multiplied by sqrt(n_embd)
-        w.matrix("token_embd.weight", e * (2.0 / np.sqrt(n_embd)))
+    if gemma or spec.arch == "cohere2":  # embedding and output are one matrix; Gemma multiplies the embedding by sqrt(n_embd)
+        w.matrix("token_embd.weight", e * (2.0 / np.sqrt(n_embd)) if gemma else e)
         signs = np.where(w.normal(n_embd) < 0, -1.0, 1.0)
         signs[: w.n_bias] = 0.0
         w.vector("output_norm.weight", signs)
@@ -248,7 +248,8 @@ def _decoder(w: _Weights) -> None:
             w.vector(blk + "attn_k_norm.weight", np.linspace(1.0, 2.0, spec.head_dim))
         if spec.arch == "granite_swa":
             w.vector(blk + "attn_sinks.weight", np.linspace(0.0, 4.0, spec.n_head))
-        w.norm(blk + "ffn_norm", n_embd, bias=layer_norm)
+        if spec.arch != "cohere2":
+            w.norm(blk + "ffn_norm", n_embd, bias=layer_norm)
         _ffn(w, blk)
         if gemma:
             w.post_norm(blk + "post_attention_norm", 1.5)
@@ -370,6 +371,8 @@ def _metadata(out: gguf.GGUFWriter, spec: TinySpec, name: str) -> None:
         out.add_rope_dimension_sections([2 * quarter, quarter, quarter, 0])
     if a == "granite_swa":
         out.add_logit_scale(1.0)
+    if a == "cohere2":
+        out.add_logit_scale(2.0 / spec.n_embd**0.5)
     if spec.n_swa:
         out.add_sliding_window(spec.n_swa)
     if spec.swa_layers:
@@ -424,6 +427,7 @@ def _specs() -> Iterator[tuple[str, TinySpec]]:
     yield "gemma2", TinySpec("gemma2", n_swa=96, softcap=5.0, head_dim=128, n_head=2, n_head_kv=1, use=MIXED, why="layer 0 slides")
     yield "gemma2-d256", TinySpec("gemma2", n_swa=96, softcap=5.0, head_dim=256, n_head=2, n_head_kv=1, use=MIXED, why="layer 0 slides")
     yield "gemma3", TinySpec("gemma3", n_layer=3, n_swa=96, swa_pattern=3, rope_base=1e6, use=MIXED, why="layers 0 and 1 slide")
+    yield "cohere2", TinySpec("cohere2", n_layer=3, n_embd=256, n_swa=96, swa_layers=(True, False, False), use=MIXED, why="layer 0 slides, the others have no RoPE")
     yield "sinks", TinySpec("granite_swa", n_layer=3, n_swa=96, swa_layers=(True, False, False), use=MIXED, why="layer 0 slides")
     # refusals
     yield "llama-d80", TinySpec(head_dim=80, use=REFUSED, why="head_dim 80")

@@ -266,8 +266,8 @@ def open_cache(loaded: Model, kv: QualityKv, *, n_ctx: int, options: KvOptions, 
 def cache_size(loaded: Model, kv: QualityKv, n_ctx: int, options: KvOptions, n_batch: int) -> int:
     """Computed bytes of a cache of n_ctx tokens, exact window included."""
     meta = loaded.meta
-    numbers = (options.n_sink, options.n_window, n_batch, options.profile is not None)
-    total = fit.kv_bytes(meta, kv.kv, n_ctx, llama.type_bits, *numbers)
+    settings = fit.Settings(options.n_sink, options.n_window, n_batch, options.profile is not None)
+    total = fit.kv_bytes(meta, kv.kv, n_ctx, llama.type_bits, settings)
     if kv.windowed:
         rows = min(fit.pad_ctx(n_ctx), options.n_sink + options.n_window)
         total += sum(2 * rows * (layer.k_values + layer.v_values) for layer in meta.layers if not layer.window)

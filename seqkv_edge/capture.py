@@ -47,7 +47,7 @@ class Rows:
     """0: none"""
     freq: np.ndarray
     """f64 (n_rot/2,): angle per position of every rotated pair, all RoPE scaling applied, as the seqkv cache turns the
-    layer's keys (also those of a single layer that the model leaves without RoPE); empty: no rotation"""
+    layer's keys; empty: no rotation"""
     neox: bool
     """a pair is (i, i + n_rot/2), otherwise (2i, 2i + 1)"""
 
@@ -152,10 +152,7 @@ def _decode(ctx: int, tokens: Sequence[int]) -> None:
     api.llama_memory_clear(api.llama_get_memory(ctx), True)
     batch = api.llama_batch_init(len(tokens), 0, 1)
     try:
-        batch.n_tokens = len(tokens)
-        for i, token in enumerate(tokens):
-            batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.logits[i] = token, i, 1, 0
-            batch.seq_id[i][0] = 0
+        llama.fill(batch, tokens, 0, len(tokens))
         llama.log.clear()
         status = api.llama_decode(ctx, batch)
         api.llama_synchronize(ctx)

@@ -59,7 +59,7 @@ def _chat(parser: argparse.ArgumentParser) -> None:
 
 
 def _calibrate(parser: argparse.ArgumentParser) -> None:
-    from .profile import DEFAULT_TOKENS
+    from .calibrate import DEFAULT_TOKENS
 
     _add_model(parser)
     parser.add_argument("--text", metavar="FILE", help="text to run the model on (default: Python's documentation)")

@@ -58,9 +58,20 @@ class Model:
         self.pointer: int | None = self.api.llama_model_load_from_file(os.fsencode(path), params)
         if not self.pointer:
             raise ModelError(f"llama.cpp cannot load {path}: {llama.log.reason() or 'no reason given'}")
+        self._describe(offloaded=ngl != 0 and any(d.gpu for d in devices()))
+
+    @classmethod
+    def of(cls, pointer: int, path: Path) -> Model:
+        """A model (a llama_model pointer) that someone else has loaded from `path`, and frees."""
+        self = cls.__new__(cls)
+        self.path, self.meta, self.api, self.pointer = path, read_model(path), llama.library().api, pointer
+        self._describe(offloaded=False)
+        return self
+
+    def _describe(self, *, offloaded: bool) -> None:
         self.vocab = self.api.llama_model_get_vocab(self.pointer)
         self.n_vocab = int(self.api.llama_vocab_n_tokens(self.vocab))
-        self.offloaded = ngl != 0 and any(d.gpu for d in devices())
+        self.offloaded = offloaded
         self.profile: Path | None = None
 
     def close(self) -> None:
@@ -99,12 +110,11 @@ class Model:
         if self.offloaded:
             return  # llama.cpp itself refuses when the device's memory does not suffice
         available = int(psutil.virtual_memory().available)
-        numbers = (options.n_sink, options.n_window, n_ubatch)
-        profile = options.profile is not None
-        amount = fit.need(self.meta, kv, n_ctx, llama.type_bits, *numbers, profile=profile)
+        settings = fit.Settings(options.n_sink, options.n_window, n_ubatch, options.profile is not None)
+        amount = fit.need(self.meta, kv, n_ctx, llama.type_bits, settings)
         # mapped weights are already part of the page cache, which counts as available
         if amount.total > available:
-            most = fit.largest_ctx(self.meta, kv, available, llama.type_bits, *numbers, profile=profile)
+            most = fit.largest_ctx(self.meta, kv, available, llama.type_bits, settings)
             size = fit.format_size
             advice = f"--ctx {most} fits" if most else "this model does not fit at all"
             raise MemoryLimitError(
@@ -208,14 +218,10 @@ class Context:
 
     def _decode(self, tokens: Sequence[int], first_logits: int) -> None:
         """One llama_decode of at most n_batch tokens; logits for tokens[first_logits:]."""
-        batch, past = self._batch, self.n_past
-        batch.n_tokens = len(tokens)
-        for i, token in enumerate(tokens):
-            batch.token[i], batch.pos[i], batch.n_seq_id[i] = token, past + i, 1
-            batch.seq_id[i][0] = 0
-            batch.logits[i] = i >= first_logits
+        past = self.n_past
+        llama.fill(self._batch, tokens, past, first_logits)
         llama.log.clear()
-        status = self.api.llama_decode(self.pointer, batch)
+        status = self.api.llama_decode(self.pointer, self._batch)
         if status == 0:
             self.tokens.extend(tokens)
             return

@@ -20,6 +20,20 @@ DEFAULT_KV = "f16,q8_0,q4_0,seqkv4,seqkv3,seqkv2"
 
 
 @dataclass(frozen=True)
+class Settings:
+    """What of a context's settings decides its size beside types and length."""
+
+    n_sink: int = 4
+    n_window: int = 64
+    n_ubatch: int = 512
+    profile: bool = True
+    """the seqkv types have a profile, as they do by default"""
+
+
+DEFAULT = Settings()
+
+
+@dataclass(frozen=True)
 class Need:
     """Bytes that one configuration takes."""
 
@@ -75,16 +89,7 @@ def pad_ctx(n_ctx: int) -> int:
     return -(-n_ctx // CTX_STEP) * CTX_STEP
 
 
-def kv_bytes(
-    meta: ModelMeta,
-    kv: KvSpec,
-    n_ctx: int,
-    bits: BitsOf,
-    n_sink: int = 4,
-    n_window: int = 64,
-    n_ubatch: int = 512,
-    profile: bool = False,
-) -> int:
+def kv_bytes(meta: ModelMeta, kv: KvSpec, n_ctx: int, bits: BitsOf, settings: Settings = DEFAULT) -> int:
     """Bytes of the KV cache for one sequence of n_ctx tokens.
 
     Sliding-window layers hold window + n_ubatch tokens (llama.cpp's size), in f16 for the seqkv types. The exact window
@@ -94,8 +99,8 @@ def kv_bytes(
     cells = pad_ctx(n_ctx)
     total = 0.0
     for layer, n_head_kv in zip(meta.layers, meta.heads_kv):
-        n = min(cells, pad_ctx(layer.window + n_ubatch)) if layer.window else cells
-        for name, values, header in ((kv.k, layer.k_values, profile), (kv.v, layer.v_values, False)):
+        n = min(cells, pad_ctx(layer.window + settings.n_ubatch)) if layer.window else cells
+        for name, values, header in ((kv.k, layer.k_values, settings.profile), (kv.v, layer.v_values, False)):
             if name not in OUR_TYPES:
                 total += n * values * bits(name) / 8
             elif layer.window:
@@ -103,8 +108,8 @@ def kv_bytes(
             else:
                 total += n * values * bits(name) / 8 + (n * values / _BLOCK if header else 0)
         if kv.ours and not layer.window:
-            total += (layer.k_values + layer.v_values) * 2 * min(cells, n_sink + n_window)
-            total += profile_bytes(layer, n_head_kv) if profile else 0
+            total += (layer.k_values + layer.v_values) * 2 * min(cells, settings.n_sink + settings.n_window)
+            total += profile_bytes(layer, n_head_kv) if settings.profile else 0
     return int(total)
 
 
@@ -132,61 +137,31 @@ def compute_bytes(meta: ModelMeta, n_ctx: int, n_ubatch: int = 512) -> int:
     return n_ubatch * max(4 * wide, 2 * pad_ctx(n_ctx)) + (16 << 20)
 
 
-def need(
-    meta: ModelMeta,
-    kv: KvSpec,
-    n_ctx: int,
-    bits: BitsOf,
-    n_sink: int = 4,
-    n_window: int = 64,
-    n_ubatch: int = 512,
-    profile: bool = False,
-) -> Need:
+def need(meta: ModelMeta, kv: KvSpec, n_ctx: int, bits: BitsOf, settings: Settings = DEFAULT) -> Need:
     """Estimated bytes of a model with one context."""
-    return Need(
-        meta.weight_bytes,
-        kv_bytes(meta, kv, n_ctx, bits, n_sink, n_window, n_ubatch, profile),
-        compute_bytes(meta, n_ctx, n_ubatch),
-    )
+    return Need(meta.weight_bytes, kv_bytes(meta, kv, n_ctx, bits, settings), compute_bytes(meta, n_ctx, settings.n_ubatch))
 
 
-def largest_ctx(
-    meta: ModelMeta,
-    kv: KvSpec,
-    memory: int,
-    bits: BitsOf,
-    n_sink: int = 4,
-    n_window: int = 64,
-    n_ubatch: int = 512,
-    profile: bool = False,
-) -> int:
+def largest_ctx(meta: ModelMeta, kv: KvSpec, memory: int, bits: BitsOf, settings: Settings = DEFAULT) -> int:
     """Largest context (multiple of 256, at most 2^30) whose need is at most `memory` bytes; 0 if none."""
     low, high = 0, (1 << 30) // CTX_STEP
     while low < high:
         middle = (low + high + 1) // 2
-        if need(meta, kv, middle * CTX_STEP, bits, n_sink, n_window, n_ubatch, profile).total <= memory:
+        if need(meta, kv, middle * CTX_STEP, bits, settings).total <= memory:
             low = middle
         else:
             high = middle - 1
     return low * CTX_STEP
 
 
-def fit(
-    meta: ModelMeta,
-    kvs: list[KvSpec],
-    memory: int,
-    bits: BitsOf,
-    n_sink: int = 4,
-    n_window: int = 64,
-    profile: bool = True,
-) -> list[FitRow]:
-    """One row per KV type; the seqkv types with a profile, as contexts have by default."""
+def fit(meta: ModelMeta, kvs: list[KvSpec], memory: int, bits: BitsOf, settings: Settings = DEFAULT) -> list[FitRow]:
+    """One row per KV type."""
     rows = []
     for kv in kvs:
-        by_memory = largest_ctx(meta, kv, memory, bits, n_sink, n_window, profile=profile)
+        by_memory = largest_ctx(meta, kv, memory, bits, settings)
         ctx = min(by_memory, meta.n_ctx_train)
-        amount = need(meta, kv, ctx, bits, n_sink, n_window, profile=profile)
-        values = kv_values(meta, ctx)
+        amount = need(meta, kv, ctx, bits, settings)
+        values = kv_values(meta, ctx, settings.n_ubatch)
         own = (bits(kv.k) + bits(kv.v)) / 2
         rows.append(
             FitRow(

@@ -9,6 +9,7 @@ import ctypes
 import functools
 import sys
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -276,6 +277,15 @@ def configure(
     err = ctypes.create_string_buffer(512)
     if _patched().handle.llama_seqkv_configure(model, ctypes.byref(params), err, len(err)) < 0:
         raise ProfileError(_text(err, "the model could not be configured"))
+
+
+def fill(batch: Any, tokens: Sequence[int], position: int, first_logits: int) -> None:
+    """Put tokens of sequence 0 at position, position + 1, ... into a llama_batch, with logits for tokens[first_logits:]."""
+    batch.n_tokens = len(tokens)
+    for i, token in enumerate(tokens):
+        batch.token[i], batch.pos[i], batch.n_seq_id[i] = token, position + i, 1
+        batch.seq_id[i][0] = 0
+        batch.logits[i] = i >= first_logits
 
 
 def kv_bytes(ctx: int) -> int | None:

@@ -277,7 +277,7 @@ def test_estimate_agrees_with_the_library(loaded):
         pytest.skip("the library reports no sizes")
     for kv in ("f16", "q8_0", "seqkv3", "seqkv4:f16"):
         with loaded.context(llama.KvSpec.parse(kv), n_ctx=2048, options=dropin.KvOptions(profile=None)) as context:
-            expected = fit.kv_bytes(loaded.meta, context.kv, 2048, llama.type_bits)
+            expected = fit.kv_bytes(loaded.meta, context.kv, 2048, llama.type_bits, fit.Settings(profile=False))
             assert context.kv_bytes() == pytest.approx(expected, rel=0.01)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from seqkv_edge import fit
@@ -9,6 +11,7 @@ from seqkv_edge.errors import UsageError
 from seqkv_edge.gguf_meta import read_model
 from seqkv_edge.llama import KvSpec
 
+BARE = fit.Settings(n_sink=0, n_window=0, profile=False)
 BITS = {"f16": 16.0, "q8_0": 8.5, "q4_0": 4.5, "seqkv4": 4.125, "seqkv3": 3.125, "seqkv2": 2.125}.__getitem__
 
 
@@ -42,8 +45,8 @@ def test_exact_window_is_counted(make_gguf):
     meta = read_model(make_gguf())
     blocks = 1024 * 4 * 256 * 3.125 / 8
     window = (4 + 64) * 4 * 256 * 2
-    assert fit.kv_bytes(meta, spec("seqkv3"), 1024, BITS) == blocks + window
-    assert fit.kv_bytes(meta, spec("seqkv3"), 1024, BITS, n_sink=0, n_window=0) == blocks
+    assert fit.kv_bytes(meta, spec("seqkv3"), 1024, BITS, fit.Settings(profile=False)) == blocks + window
+    assert fit.kv_bytes(meta, spec("seqkv3"), 1024, BITS, BARE) == blocks
 
 
 def test_profile_is_counted(make_gguf):
@@ -51,17 +54,17 @@ def test_profile_is_counted(make_gguf):
     meta = read_model(make_gguf())
     blocks = 1024 * 4 * 2 * (26 + 25)
     tables = 4 * 2 * (2 * 64 * 64 + 64 * 64 + 2 * 64) * 2
-    assert fit.kv_bytes(meta, spec("seqkv3"), 1024, BITS, 0, 0, profile=True) == blocks + tables
-    assert fit.kv_bytes(meta, spec("f16:seqkv3"), 1024, BITS, 0, 0, profile=True) == 1024 * 4 * 2 * (128 + 25) + tables
+    assert fit.kv_bytes(meta, spec("seqkv3"), 1024, BITS, replace(BARE, profile=True)) == blocks + tables
+    assert fit.kv_bytes(meta, spec("f16:seqkv3"), 1024, BITS, replace(BARE, profile=True)) == 1024 * 4 * 2 * (128 + 25) + tables
     for kv in ("f16", "q8_0"):
-        assert fit.kv_bytes(meta, spec(kv), 1024, BITS, profile=True) == fit.kv_bytes(meta, spec(kv), 1024, BITS)
+        assert fit.kv_bytes(meta, spec(kv), 1024, BITS) == fit.kv_bytes(meta, spec(kv), 1024, BITS, BARE)
 
 
 def test_sliding_window_layers_stay_small_and_f16(make_gguf):
     meta = read_model(make_gguf(arch="gemma2", attention__sliding_window=512))
     swa, full = 2 * (512 + 512) * 256 * 2, 2 * 32768 * 256
     assert fit.kv_bytes(meta, spec("f16"), 32768, BITS) == swa + full * 2
-    assert fit.kv_bytes(meta, spec("seqkv2"), 32768, BITS, 0, 0) == swa + full * 2.125 / 8
+    assert fit.kv_bytes(meta, spec("seqkv2"), 32768, BITS, BARE) == swa + full * 2.125 / 8
 
 
 def test_rows(make_gguf):
@@ -75,7 +78,7 @@ def test_rows(make_gguf):
         assert row.ctx <= row.ctx_trained == 4096
         assert row.beyond_trained == (row.ctx_memory > 4096)
         assert row.total_bytes == row.weights_bytes + row.kv_bytes + row.compute_bytes <= 64 << 20
-        need = fit.need(meta, spec(row.kv), row.ctx_memory + 256, BITS, profile=True)
+        need = fit.need(meta, spec(row.kv), row.ctx_memory + 256, BITS)
         assert need.total > 64 << 20
 
 

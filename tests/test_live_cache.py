@@ -484,8 +484,14 @@ def test_other_sequences_do_not_disturb(models: Models, n_window: int) -> None:
 # -- d. shifts
 
 # Upstream moves keys by another RoPE, which with YaRN multiplies them by its magnitude factor once more at every
-# shift: its shifted cache is no truth for these models. The models of one layer below are.
-SHIFTED = [name for name in VARIED if tiny.SPECS[name].rope_scaling != "yarn"]
+# shift, and it also turns the keys of layers without RoPE (smollm3): its shifted cache is no truth for these models. The models of
+# one layer below are, and test_shift_of_layers_without_rope.
+def upstream_shifts(name: str) -> bool:
+    return tiny.SPECS[name].rope_scaling != "yarn" and name not in WITHOUT_ROPE
+
+
+WITHOUT_ROPE = ["smollm3", "cohere2"]  # layers with full attention that are not rotated
+SHIFTED = [name for name in VARIED if upstream_shifts(name)]
 
 
 def shifted(c: Context, tokens: list[int], n_keep: int, n_discard: int, tail: list[int], times: int = 1) -> np.ndarray:
@@ -523,6 +529,22 @@ def test_shift(models: Models, name: str, kv: str) -> None:
     with context(model, kv=kv) as c:
         got = shifted(c, tokens, N_SINK, 37, tail, times=4)
     assert kld(want, got).mean() <= LOSSY[kv]
+
+
+@patched
+@pytest.mark.parametrize("n_window", [0, 512])
+def test_shift_of_layers_without_rope(models: Models, n_window: int) -> None:
+    """Attention depends on differences of positions, or not on positions: moving all by the same amount changes nothing."""
+    model, tokens, tail = models("smollm3"), text(250), text(40, 3)[1:]
+    set_window(model, n_window, n_sink=0)
+    logits = []
+    for delta in (0, 64, 1024):  # frames: the tail is cut into the same ones
+        with context(model, kv="seqkv4") as c:
+            c.decode(tokens)
+            c.add(0, 0, -1, delta)
+            logits.append(c.decode(tail))
+    for moved in logits[1:]:
+        assert_nearly_same(moved, logits[0], "seqkv4")  # with rotated keys: 0.8 in a logit and a KLD of 1e-2
 
 
 @patched
@@ -686,7 +708,7 @@ def test_random_walk(models: Models, seed: int, unified: bool) -> None:
 @pytest.mark.parametrize("unified", [False, True], ids=["streams", "unified"])
 @pytest.mark.parametrize("seed", range(100, 160))
 def test_random_walk_long(models: Models, seed: int, unified: bool) -> None:
-    names = [name for name in SERVED if tiny.SPECS[name].rope_scaling != "yarn"]  # see SHIFTED
+    names = [name for name in SERVED if upstream_shifts(name)]
     check_random_walk(models, names[seed % len(names)], seed, unified, 150)
 
 
@@ -1007,6 +1029,7 @@ PROFILED = [
     "llama-linear",
     "qwen2",
     "smollm3",
+    "cohere2",
     "phi3",
     "phi3-partial",
     "gemma2",
@@ -1380,7 +1403,7 @@ def test_sizes(models: Models, name: str) -> None:
             c.decode(text(201, 1)[1:])
             assert used < c.kv_bytes_used() <= size[kv]
     row = 2 * spec.n_head_kv * spec.head_dim * 2  # bytes of K and V of one token and layer in f16
-    n_swa = {"gemma2": 1, "gemma2-d256": 1, "gemma3": 2, "sinks": 1}.get(name, 0)
+    n_swa = {"gemma2": 1, "gemma2-d256": 1, "gemma3": 2, "cohere2": 1, "sinks": 1}.get(name, 0)
     assert size["f16"] == spec.n_layer * n_ctx * row
     for kv in SEQKV:
         bits = type_bits(kv)

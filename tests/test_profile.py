@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from gguf import GGUFReader
 
-from seqkv_edge import llama, model, profile
+from seqkv_edge import calibrate, llama, model, profile
 from seqkv_edge.engine import open_model
 from seqkv_edge.errors import SeqkvError
 from seqkv_edge.gguf_meta import fingerprint
@@ -32,6 +32,7 @@ def tensors(path: Path) -> dict[str, np.ndarray]:
 @pytest.mark.model
 def test_shipped_profile_is_of_the_default_model_and_found(default_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(profile, "cache_dir", lambda: tmp_path)
+    monkeypatch.setattr(profile, "beside", lambda _model: tmp_path / "none.gguf")
     found = profile.find(default_model, fingerprint(default_model))
     assert found is not None and found.read_bytes() == SHIPPED.read_bytes()
 
@@ -41,7 +42,7 @@ def test_calibration_remakes_the_shipped_profile(default_model: Path, tmp_path: 
     """Numbers differ in the last bits between processors, and quantized weights amplify that: hence the tolerances."""
     with open_model(default_model) as loaded:
         assert loaded.pointer
-        made = profile.measure(loaded.pointer, default_model, profile.default_text(), quality=False)
+        made = calibrate.measure(loaded.pointer, default_model, calibrate.default_text(), quality=False)
     target = tmp_path / "p.gguf"
     profile.write(target, default_model, fingerprint(default_model), made)
     here, there = profile.read_info(target), profile.read_info(SHIPPED)

@@ -14,8 +14,8 @@ import sys
 from pathlib import Path
 
 from seqkv_edge import model
+from seqkv_edge.calibrate import documentation
 from seqkv_edge.engine import open_model
-from seqkv_edge.profile import default_text
 
 FACT = "The maintainers of this manual meet in the town of Oldenmark on the third Friday of March."
 QUESTIONS = (
@@ -27,7 +27,7 @@ QUESTIONS = (
 
 def document(path: Path, n_tokens: int) -> str:
     """About n_tokens tokens of the documentation with FACT as a paragraph in the middle."""
-    paragraphs = default_text().split("\n\n")
+    paragraphs = documentation().split("\n\n")
     with open_model(path, ngl=0) as loaded:
         lengths = [len(loaded.tokenize(p + "\n\n", add_special=False, parse_special=False)) for p in paragraphs]
     kept, total = [], 0

@@ -51,11 +51,42 @@ static uint64_t hash_model(const llama_model & model) {
     return h;
 }
 
+// Whether the model rotates the keys of a layer, as the graph of its architecture decides (src/models/*.cpp): `has_rope` alone
+// does not say it. For layers with full attention; those that slide are not asked about.
+static bool layer_has_rope(const llama_model & model, uint32_t il) {
+    const auto & hparams = model.hparams;
+    if (hparams.rope_type == LLAMA_ROPE_TYPE_NONE || !hparams.has_rope(il)) {
+        return false;
+    }
+    const uint32_t step = hparams.n_no_rope_layer_step;
+    switch (model.arch) {
+        case LLM_ARCH_STARCODER: // has learned positions, and a RoPE type all the same
+            return false;
+        case LLM_ARCH_AFMOE:
+        case LLM_ARCH_LLAMA4:
+        case LLM_ARCH_SMOLLM3:
+            return step > 0 && (il + 1) % step != 0;
+        case LLM_ARCH_SMALLTHINKER:
+            return step == hparams.n_layer() || (step > 0 && il % step != 0);
+        case LLM_ARCH_EXAONE4:
+            return hparams.is_swa(il) || hparams.swa_type == LLAMA_SWA_TYPE_NONE;
+        case LLM_ARCH_COHERE2MOE: // its draft head rotates
+            return hparams.is_swa(il) || il < hparams.n_layer_dense_lead || il >= hparams.n_layer();
+        case LLM_ARCH_COHERE2:
+        case LLM_ARCH_EXAONE_MOE:
+        case LLM_ARCH_MAPLE:
+        case LLM_ARCH_MUSE_GLIMMER:
+            return hparams.is_swa(il);
+        default:
+            return true;
+    }
+}
+
 llama_seqkv_rope_t llama_seqkv_layer_rope(const llama_model & model, const llama_cparams & cparams, int32_t il) {
     const auto & hparams = model.hparams;
 
     llama_seqkv_rope_t res;
-    if (hparams.rope_type == LLAMA_ROPE_TYPE_NONE || !hparams.has_rope(il)) {
+    if (!layer_has_rope(model, il)) {
         return res;
     }
 
