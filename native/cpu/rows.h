@@ -259,6 +259,7 @@ static inline vec vload(const float * x) { return _mm512_loadu_ps(x); }
 static inline void vstore(float * x, vec a) { _mm512_storeu_ps(x, a); }
 static inline vec vset1(float x) { return _mm512_set1_ps(x); }
 static inline vec vmad(vec a, vec b, vec c) { return _mm512_fmadd_ps(a, b, c); } // a*b + c
+static inline vec vmax(vec a, vec b) { return _mm512_max_ps(a, b); }
 // the sums of four vectors
 static inline void sums4(float * x, vec a, vec b, vec c, vec d) {
     const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
@@ -274,6 +275,7 @@ static inline vec vload(const float * x) { return _mm256_loadu_ps(x); }
 static inline void vstore(float * x, vec a) { _mm256_storeu_ps(x, a); }
 static inline vec vset1(float x) { return _mm256_set1_ps(x); }
 static inline vec vmad(vec a, vec b, vec c) { return _mm256_fmadd_ps(a, b, c); }
+static inline vec vmax(vec a, vec b) { return _mm256_max_ps(a, b); }
 static inline void sums4(float * x, vec a, vec b, vec c, vec d) {
     const __m256 ab = _mm256_add_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b));
     const __m256 cd = _mm256_add_ps(_mm256_unpacklo_ps(c, d), _mm256_unpackhi_ps(c, d));
@@ -287,6 +289,7 @@ static inline vec vload(const float * x) { return vld1q_f32(x); }
 static inline void vstore(float * x, vec a) { vst1q_f32(x, a); }
 static inline vec vset1(float x) { return vdupq_n_f32(x); }
 static inline vec vmad(vec a, vec b, vec c) { return vfmaq_f32(c, a, b); }
+static inline vec vmax(vec a, vec b) { return vmaxq_f32(a, b); }
 static inline void sums4(float * x, vec a, vec b, vec c, vec d) { vst1q_f32(x, vpaddq_f32(vpaddq_f32(a, b), vpaddq_f32(c, d))); }
 #else
 // for the compiler to make something of
@@ -298,6 +301,12 @@ static inline vec vset1(float x) { return { { x, x, x, x } }; }
 static inline vec vmad(vec a, vec b, vec c) {
     return { { a.x[0]*b.x[0] + c.x[0], a.x[1]*b.x[1] + c.x[1], a.x[2]*b.x[2] + c.x[2], a.x[3]*b.x[3] + c.x[3] } };
 }
+static inline vec vmax(vec a, vec b) {
+    for (int i = 0; i < 4; ++i) {
+        a.x[i] = a.x[i] > b.x[i] ? a.x[i] : b.x[i];
+    }
+    return a;
+}
 static inline void sums4(float * x, vec a, vec b, vec c, vec d) {
     const vec v[4] = { a, b, c, d };
     for (int i = 0; i < 4; ++i) {
@@ -305,6 +314,22 @@ static inline void sums4(float * x, vec a, vec b, vec c, vec d) {
     }
 }
 #endif
+
+// maximum of n values, n a multiple of 16
+static float row_max(const float * x, int n) {
+    vec m = vload(x);
+    for (int i = VEC; i < n; i += VEC) {
+        m = vmax(m, vload(x + i));
+    }
+    float lane[VEC];
+    vstore(lane, m);
+    for (int w = VEC/2; w > 0; w /= 2) {
+        for (int i = 0; i < w; ++i) {
+            lane[i] = lane[i + w] > lane[i] ? lane[i + w] : lane[i];
+        }
+    }
+    return lane[0];
+}
 
 // s (NQ, ld) = q (NQ, d) k^T, k (n, d); n a multiple of 4, d of 64
 template <int NQ> static void dot_block(const float * q, const float * k, int n, int d, float * s, int ld) {

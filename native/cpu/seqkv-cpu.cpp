@@ -20,6 +20,7 @@ static constexpr int MAX_HEAD = 256;
 static constexpr int TILE     = 64;      // rows of the KV axis in a tile
 static constexpr int TILE_Q   = 256;     // query rows (tokens x heads of a group) in a tile, at most; GGML_SEQKV_MAX_GROUP and more
 static constexpr int CHUNK    = 16*TILE; // KV rows of one unit of work in decode; fixed, so that results do not depend on the number of threads
+static constexpr ggml_fp16_t MASKED = 0xfc00; // -inf; a mask has this or 0
 static constexpr int MIN_RUN  = 16;      // shorter runs of one origin are gathered into mixed tiles
 
 static ggml_seqkv_params get_params(const ggml_tensor * t) {
@@ -641,11 +642,16 @@ struct attn_worker {
             float * GGML_RESTRICT x = keys + (p.neox ? i : 2*i)*tw;
             float * GGML_RESTRICT y = keys + (p.neox ? i + p.n_rot/2 : 2*i + 1)*tw;
             float c[TILE], sn[TILE];
-            const int32_t any = one_origin ? first_origin(meta, n) << 8 : 0;
-            for (int j = 0; j < tw; ++j) {
-                const float * cs = a.rot.origin(one_origin || j >= n ? any : std::max(meta[j], 0)) + 2*i;
-                c[j]  = cs[0];
-                sn[j] = cs[1];
+            if (one_origin) {
+                const float * cs = a.rot.origin(first_origin(meta, n) << 8) + 2*i;
+                std::fill(c,  c  + tw, cs[0]);
+                std::fill(sn, sn + tw, cs[1]);
+            } else {
+                for (int j = 0; j < tw; ++j) {
+                    const float * cs = a.rot.origin(j < n ? std::max(meta[j], 0) : 0) + 2*i;
+                    c[j]  = cs[0];
+                    sn[j] = cs[1];
+                }
             }
             for (int j = 0; j < tw; ++j) {
                 const float u = x[j], v = y[j];
@@ -671,16 +677,17 @@ struct attn_worker {
         const int32_t * meta = a.meta_row(s) + j0;
         const bool cells = j0 < p.n_kv;
 
-        bool live[TILE];
-        bool any_live = false;
-        std::fill(live, live + n, false);
+        uint16_t seen[TILE] = { 0 }; // not 0: some query attends to the row
         for (int t = 0; t < nt; ++t) {
             const ggml_fp16_t * mask = a.mask_row(s, t0 + t) + j0;
             for (int j = 0; j < n; ++j) {
-                live[j] |= mask[j] != 0xfc00; // -inf
+                seen[j] |= mask[j] ^ MASKED;
             }
         }
-        for (int j = 0; j < n; ++j) {
+        bool live[TILE];
+        bool any_live = false;
+        for (int j = 0; j < TILE; ++j) {
+            live[j]   = seen[j] != 0;
             any_live |= live[j];
         }
         if (!any_live) {
@@ -696,7 +703,6 @@ struct attn_worker {
             set_tables();
         }
 
-        std::fill(live + n, live + tw, false);
         if (cells && a.bits_k) {
             unpack_rows(a.bits_k, a.graded_k, a.cell_k(s, j0, h), a.k->nb[1], live, tw, form == DENSE ? w.pred : nullptr, meta, p.dk, w.k);
         } else {
@@ -735,19 +741,10 @@ struct attn_worker {
                 }
             }
             for (int j = 0; j < n; ++j) {
-                sr[j] = mask[j] == 0xfc00 ? -INFINITY : sr[j]; // 0 or -inf
+                sr[j] = mask[j] == MASKED ? -INFINITY : sr[j];
             }
-            for (int j = n; j < tw; ++j) {
-                sr[j] = -INFINITY;
-            }
-            float lane[16];
-            std::copy(sr, sr + 16, lane);
-            for (int j = 16; j < tw; j += 16) {
-                for (int i = 0; i < 16; ++i) {
-                    lane[i] = sr[j + i] > lane[i] ? sr[j + i] : lane[i];
-                }
-            }
-            const float max = *std::max_element(lane, lane + 16);
+            std::fill(sr + n, sr + tw, -INFINITY);
+            const float max = row_max(sr, tw);
             if (max == -INFINITY) {
                 std::fill(sr, sr + tw, 0.0f);
                 continue;
