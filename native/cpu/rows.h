@@ -38,10 +38,43 @@ template <int bits, int graded> static const factor_table<bits, graded> block_fa
 
 // unpack_block: y[64] = the values of a block, with those of add[64] if summed. f: block_factors of the plan.
 
+#if defined(__AVX2__) || defined(__aarch64__)
+
+// 8 bytes, the last ones 0 if n < 8
+static inline uint64_t load_word(const uint8_t * b, int n = 8) {
+    uint64_t w = 0;
+    memcpy(&w, b, n);
+    return w;
+}
+
+// Where index planes 2.. of a block are (planes 0 and 1 are computed from the path, its first bytes): shuffles of the block's
+// bytes behind its gains.
+template <int bits, int graded> struct plane_map {
+    static constexpr int n_plane = bits + 2*graded + 1; // index planes
+    static constexpr int whole   = bits - graded;       // code planes of 8 bytes
+    static constexpr int rest    = bits > 1 ? 8 : 0;    // 16 bytes from here on, or 8 of them twice, hold planes 2 and 3
+    static constexpr int upper   = bits > 3 ? 24 : rest; // and 16 or 8 from here on planes 4..6
+
+    uint8_t at[7][8] = {}; // byte k of plane j is byte at[j][k] of these 16, or 255: none
+
+    constexpr plane_map() {
+        for (int j = 2; j < 7; ++j) {
+            for (int k = 0; k < 8; ++k) {
+                const int B = !graded ? bits : k < 2 ? bits + 2 : k < 4 ? bits : bits - 1; // bits of values 8*k ..
+                const int c = j - 1;
+                const int o = (c <= whole ? 8*c : 8*whole + 4 + 2*(c - whole - 1)) + k - (j < 4 ? rest : upper);
+                at[j][k] = (uint8_t) (c < B ? o : 255);
+            }
+        }
+    }
+};
+
+#endif
+
 #if defined(__AVX512VBMI__) && defined(__AVX512BW__)
 
 // levels of the indices l of values with B bits
-template <int B> static inline __m512i look_up(__m512i l) {
+template <int B> SEQKV_FN __m512i look_up(__m512i l) {
     const int8_t * level = seqkv_level_table(B);
     if (B == 0) {
         return _mm512_setzero_si512();
@@ -53,7 +86,7 @@ template <int B> static inline __m512i look_up(__m512i l) {
 }
 
 template <int bits, int graded, bool summed>
-static inline void unpack_block(const uint8_t * b, const factor_table<bits, graded> & f, const float * add, float * y) {
+SEQKV_FN void unpack_block(const uint8_t * b, const factor_table<bits, graded> & f, const float * add, float * y) {
     uint64_t q[7];
     seqkv_index_planes(bits, graded, b, q);
 
@@ -79,18 +112,8 @@ static inline void unpack_block(const uint8_t * b, const factor_table<bits, grad
 
 #elif defined(__AVX2__)
 
-// Levels of 32 values from words of their index planes. Values 0..15 have B0 bits, the others B1 <= B0.
-template <int B0, int B1> static inline __m256i levels32(const uint32_t * w) {
-    if (B0 == 0) {
-        return _mm256_setzero_si256();
-    }
-    const __m256i bit  = _mm256_set1_epi64x((long long) 0x8040201008040201u);
-    const __m256i wide = _mm256_set_epi64x(0x0303030303030303, 0x0202020202020202, 0x0101010101010101, 0);
-    __m256i l = _mm256_setzero_si256();
-    for (int j = B0; j >= 0; --j) {
-        const __m256i bytes = _mm256_and_si256(_mm256_shuffle_epi8(_mm256_set1_epi32((int) w[j]), wide), bit);
-        l = _mm256_sub_epi8(_mm256_add_epi8(l, l), _mm256_cmpeq_epi8(bytes, bit));
-    }
+// Levels of 32 values from bits 0..3 of their indices and masks of bits 4..6. The lower 16 values have B0 bits, the others B1 <= B0.
+template <int B0, int B1> SEQKV_FN __m256i look_up(__m256i l, const __m256i * mask) {
     const auto table = [](int B, int k) { // levels 16k .. of a table, its last 16 beyond its end
         const int8_t * level = seqkv_level_table(B);
         const int      n     = 2 << B;
@@ -105,48 +128,104 @@ template <int B0, int B1> static inline __m256i levels32(const uint32_t * w) {
         return _mm_loadu_si128((const __m128i *) (level + (16*k < n ? 16*k : n - 16)));
     };
     constexpr int n_part = B0 < 3 ? 1 : 1 << (B0 - 3);
-    const __m256i low = _mm256_and_si256(l, _mm256_set1_epi8(15));
     __m256i part[8];
     for (int k = 0; k < n_part; ++k) {
-        part[k] = _mm256_shuffle_epi8(_mm256_set_m128i(table(B1, k), table(B0, k)), low);
+        part[k] = _mm256_shuffle_epi8(_mm256_set_m128i(table(B1, k), table(B0, k)), l);
     }
-    for (int j = 4, n = n_part; n > 1; ++j, n /= 2) { // index bit j, moved to the top of its byte, chooses among the parts
-        const __m256i mask = _mm256_sll_epi16(l, _mm_cvtsi32_si128(7 - j));
+    for (int j = 0, n = n_part; n > 1; ++j, n /= 2) { // index bit 4 + j chooses among the parts
         for (int k = 0; k < n/2; ++k) {
-            part[k] = _mm256_blendv_epi8(part[2*k], part[2*k + 1], mask);
+            part[k] = _mm256_blendv_epi8(part[2*k], part[2*k + 1], mask[j]);
         }
     }
     return part[0];
 }
 
-template <int bits, int graded, bool summed>
-static inline void unpack_block(const uint8_t * b, const factor_table<bits, graded> & f, const float * add, float * y) {
-    uint64_t q[7];
-    seqkv_index_planes(bits, graded, b, q);
-    alignas(32) int8_t lv[64];
-    for (int half = 0; half < 2; ++half) {
-        uint32_t w[7];
-        for (int j = 0; j <= bits + 2*graded; ++j) {
-            w[j] = (uint32_t) (q[j] >> 32*half);
+// shuffles of a plan: bytes k of planes 0..3 side by side, k = 0..7, and byte i/8 of planes 4..6 for values 0..15, 32..47 and 16..31, 48..63
+template <int bits, int graded> struct shuffles {
+    alignas(32) uint8_t path[32] = {}, rest[32] = {}, upper[3][2][32] = {};
+
+    constexpr shuffles() {
+        const plane_map<bits, graded> map;
+        for (int i = 0; i < 32; ++i) {
+            path[i] = (uint8_t) (i%4 < 2 ? 8*(i%4) + i/4 : 255);
+            rest[i] = i%4 < 2 ? 255 : map.at[i%4][i/4];
+            for (int j = 0; j < 3; ++j) {
+                for (int v = 0; v < 2; ++v) {
+                    upper[j][v][i] = map.at[4 + j][(i/16*32 + 16*v + i%16)/8];
+                }
+            }
         }
-        constexpr int B0 = graded ? bits + 2 : bits, B2 = graded ? bits - 1 : bits;
-        _mm256_store_si256((__m256i *) (lv + 32*half), half ? levels32<B2, B2>(w) : levels32<B0, bits>(w));
     }
-    for (int i = 0; i < 64; i += 8) {
-        const __m256 x = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *) (lv + i))));
-        const __m256 s = _mm256_set1_ps(f.of(b, i/16));
+};
+
+template <int bits, int graded, bool summed>
+SEQKV_FN void unpack_block(const uint8_t * b, const factor_table<bits, graded> & f, const float * add, float * y) {
+    static constexpr plane_map<bits, graded> map;
+    static constexpr shuffles<bits, graded>  to;
+    const auto constant = [](const uint8_t * x) { return _mm256_load_si256((const __m256i *) x); };
+    const auto read     = [&](int at, int n) { // 16 or 8 bytes of the planes, in each half
+        const uint8_t * p = b + 1 + graded + at;
+        return n == 16 ? _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *) p)) : _mm256_set1_epi64x((long long) load_word(p));
+    };
+    __m256 s[4];
+    for (int k = 0; k < 4; ++k) {
+        s[k] = _mm256_set1_ps(f.of(b, k)); // before y is written, which may be anything to the compiler
+    }
+
+    // planes 0 and 1, see seqkv_index_planes
+    constexpr uint64_t start = graded ? 0x0000000100010001u : 1;
+    constexpr uint64_t m1 = ~start, m2 = m1 & ~(start << 1), m3 = m2 & ~(start << 2);
+    const auto each = [](uint64_t q0, uint64_t q1) { return _mm256_set_epi64x((long long) q1, (long long) q0, (long long) q1, (long long) q0); };
+    const __m256i u = _mm256_set1_epi64x((long long) load_word(b + 1 + graded, bits == 1 && graded ? 4 : 8));
+    const __m256i q = _mm256_xor_si256(_mm256_xor_si256(
+        _mm256_and_si256(_mm256_sllv_epi64(u, each( 2, 1)), each(m2, m1)),
+        _mm256_and_si256(_mm256_sllv_epi64(u, each(64, 3)), each( 0, m3))),
+        _mm256_and_si256(u, each(0, ~0ull)));
+
+    // Bits 0..3 of the indices. A word holds 8 bits of each of 4 planes; two steps of a transposition make it 8 numbers of 4 bits
+    __m256i x = _mm256_shuffle_epi8(q, constant(to.path));
+    __m256i rest = x;
+    if (map.n_plane > 2) {
+        rest = read(map.rest, bits > 2 ? 16 : 8);
+        x    = _mm256_or_si256(x, _mm256_shuffle_epi8(rest, constant(to.rest)));
+    }
+    __m256i t = _mm256_and_si256(_mm256_xor_si256(x, _mm256_srli_epi32(x, 7)), _mm256_set1_epi32(0x00aa00aa));
+    x = _mm256_xor_si256(x, _mm256_xor_si256(t, _mm256_slli_epi32(t, 7)));
+    t = _mm256_and_si256(_mm256_xor_si256(x, _mm256_srli_epi32(x, 14)), _mm256_set1_epi32(0x0000cccc));
+    x = _mm256_xor_si256(x, _mm256_xor_si256(t, _mm256_slli_epi32(t, 14)));
+    const __m256i lo = _mm256_and_si256(x, _mm256_set1_epi8(15));
+    const __m256i hi = _mm256_and_si256(_mm256_srli_epi32(x, 4), _mm256_set1_epi8(15));
+    const __m256i l[2] = { _mm256_unpacklo_epi32(lo, hi), _mm256_unpackhi_epi32(lo, hi) }; // values 0..15, 32..47 and 16..31, 48..63
+
+    const __m256i bit   = _mm256_set1_epi64x((long long) 0x8040201008040201u);
+    const __m256i upper = map.n_plane <= 4 || bits < 4 ? rest : read(map.upper, 8);
+    __m256i mask[2][3];
+    for (int v = 0; v < 2; ++v) {
+        for (int j = 0; 4 + j <= (v ? bits : bits + 2*graded); ++j) {
+            mask[v][j] = _mm256_cmpeq_epi8(_mm256_and_si256(_mm256_shuffle_epi8(upper, constant(to.upper[j][v])), bit), bit);
+        }
+    }
+    constexpr int B0 = graded ? bits + 2 : bits, B2 = graded ? bits - 1 : bits;
+    const __m256i levels[2] = { look_up<B0, B2>(l[0], mask[0]), look_up<bits, B2>(l[1], mask[1]) };
+    for (int k = 0; k < 4; ++k) {
+        const __m128i part = k < 2 ? _mm256_castsi256_si128(levels[k]) : _mm256_extracti128_si256(levels[k - 2], 1);
+        const __m256  z[2] = { _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(part)),
+                               _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(part, 8))) };
+        for (int i = 0; i < 2; ++i) {
+            const int o = 16*k + 8*i;
 #if defined(__FMA__)
-        _mm256_storeu_ps(y + i, summed ? _mm256_fmadd_ps(s, x, _mm256_loadu_ps(add + i)) : _mm256_mul_ps(s, x));
+            _mm256_storeu_ps(y + o, summed ? _mm256_fmadd_ps(s[k], z[i], _mm256_loadu_ps(add + o)) : _mm256_mul_ps(s[k], z[i]));
 #else
-        _mm256_storeu_ps(y + i, summed ? _mm256_add_ps(_mm256_mul_ps(s, x), _mm256_loadu_ps(add + i)) : _mm256_mul_ps(s, x));
+            _mm256_storeu_ps(y + o, summed ? _mm256_add_ps(_mm256_mul_ps(s[k], z[i]), _mm256_loadu_ps(add + o)) : _mm256_mul_ps(s[k], z[i]));
 #endif
+        }
     }
 }
 
 #elif defined(__aarch64__)
 
 // levels of the indices l of values with B bits
-template <int B> static inline int8x16_t look_up(uint8x16_t l) {
+template <int B> SEQKV_FN int8x16_t look_up(uint8x16_t l) {
     const int8_t * level = seqkv_level_table(B);
     if (B == 0) {
         return vdupq_n_s8(0);
@@ -166,14 +245,31 @@ template <int B> static inline int8x16_t look_up(uint8x16_t l) {
     return B == 5 ? r : vqtbx4q_s8(r, vld1q_s8_x4(level + 64*(B == 6)), vsubq_u8(l, vdupq_n_u8(64)));
 }
 
-// values 16*g .. 16*g + 15 of a block, B bits each, from its index planes
-template <int B, bool summed> static inline void unpack16(int g, const uint64_t * q, float s, const float * add, float * y) {
-    static const uint8_t bits[16] = { 1, 2, 4, 8, 16, 32, 64, 128, 1, 2, 4, 8, 16, 32, 64, 128 };
-    const uint8x16_t bit = vld1q_u8(bits);
+// shuffles of a plan: byte i/8 of index plane j for values 16*g + i, from the 16 bytes that hold it
+template <int bits, int graded> struct shuffles {
+    uint8_t at[4][7][16] = {};
+
+    constexpr shuffles() {
+        const plane_map<bits, graded> map;
+        for (int g = 0; g < 4; ++g) {
+            for (int j = 0; j < 7; ++j) {
+                for (int i = 0; i < 16; ++i) {
+                    at[g][j][i] = j < 2 ? (uint8_t) (8*j + 2*g + i/8) : map.at[j][2*g + i/8];
+                }
+            }
+        }
+    }
+};
+
+// Values 16*g .. 16*g + 15 of a block, B bits each. planes: the bytes with index planes 0 and 1, 2 and 3, 4 .. 6; s: factor
+template <int B, int bits, int graded, bool summed>
+SEQKV_FN void unpack16(int g, const uint8x16_t * planes, float s, const float * add, float * y) {
+    static constexpr shuffles<bits, graded> to;
+    const uint8x16_t bit = vreinterpretq_u8_u64(vdupq_n_u64(0x8040201008040201u));
     uint8x16_t l = vdupq_n_u8(0);
     for (int j = B; B > 0 && j >= 0; --j) {
-        const uint8x16_t word = vcombine_u8(vdup_n_u8((uint8_t) (q[j] >> 16*g)), vdup_n_u8((uint8_t) (q[j] >> (16*g + 8))));
-        l = vsubq_u8(vaddq_u8(l, l), vtstq_u8(word, bit));
+        const uint8x16_t mask = vtstq_u8(vqtbl1q_u8(planes[j < 2 ? 0 : j < 4 ? 1 : 2], vld1q_u8(to.at[g][j])), bit);
+        l = vsliq_n_u8(mask, l, 1);
     }
     const int8x16_t lv = look_up<B>(l);
     const int16x8_t half[2] = { vmovl_s8(vget_low_s8(lv)), vmovl_high_s8(lv) };
@@ -186,19 +282,34 @@ template <int B, bool summed> static inline void unpack16(int g, const uint64_t 
 }
 
 template <int bits, int graded, bool summed>
-static inline void unpack_block(const uint8_t * b, const factor_table<bits, graded> & f, const float * add, float * y) {
-    uint64_t q[7];
-    seqkv_index_planes(bits, graded, b, q);
-    unpack16<graded ? bits + 2 : bits, summed>(0, q, f.of(b, 0), add, y);
-    unpack16<bits, summed>                    (1, q, f.of(b, 1), add, y);
-    unpack16<graded ? bits - 1 : bits, summed>(2, q, f.of(b, 2), add, y);
-    unpack16<graded ? bits - 1 : bits, summed>(3, q, f.of(b, 3), add, y);
+SEQKV_FN void unpack_block(const uint8_t * b, const factor_table<bits, graded> & f, const float * add, float * y) {
+    using map = plane_map<bits, graded>;
+    const uint8_t * p = b + 1 + graded;
+    const float s[4] = { f.of(b, 0), f.of(b, 1), f.of(b, 2), f.of(b, 3) }; // before y is written, which may be anything to the compiler
+
+    // index planes 0 and 1, see seqkv_index_planes
+    static constexpr uint64_t start = graded ? 0x0000000100010001u : 1;
+    static constexpr uint64_t m1 = ~start, m2 = m1 & ~(start << 1), m3 = m2 & ~(start << 2);
+    static constexpr int64_t  shift[2][2] = { { 2, 1 }, { 64, 3 } };
+    static constexpr uint64_t keep [3][2] = { { m2, m1 }, { 0, m3 }, { 0, ~0ull } };
+    const uint64x2_t u  = vdupq_n_u64(load_word(p, bits == 1 && graded ? 4 : 8));
+    const uint64x2_t q0 = vandq_u64(vshlq_u64(u, vld1q_s64(shift[0])), vld1q_u64(keep[0]));
+    const uint64x2_t q1 = vandq_u64(vshlq_u64(u, vld1q_s64(shift[1])), vld1q_u64(keep[1]));
+
+    uint8x16_t planes[3];
+    planes[0] = vreinterpretq_u8_u64(veorq_u64(veorq_u64(q0, q1), vandq_u64(u, vld1q_u64(keep[2]))));
+    planes[1] = map::n_plane <= 2 ? planes[0] : bits > 2 ? vld1q_u8(p + map::rest) : vreinterpretq_u8_u64(vdupq_n_u64(load_word(p + map::rest)));
+    planes[2] = bits > 3 ? vreinterpretq_u8_u64(vdupq_n_u64(load_word(p + map::upper))) : planes[1];
+    unpack16<graded ? bits + 2 : bits, bits, graded, summed>(0, planes, s[0], add, y);
+    unpack16<bits,                     bits, graded, summed>(1, planes, s[1], add, y);
+    unpack16<graded ? bits - 1 : bits, bits, graded, summed>(2, planes, s[2], add, y);
+    unpack16<graded ? bits - 1 : bits, bits, graded, summed>(3, planes, s[3], add, y);
 }
 
 #else
 
 template <int bits, int graded, bool summed>
-static inline void unpack_block(const uint8_t * b, const factor_table<bits, graded> &, const float * add, float * y) {
+SEQKV_FN void unpack_block(const uint8_t * b, const factor_table<bits, graded> &, const float * add, float * y) {
     seqkv_decode_block(bits, graded, b, y);
     for (int i = 0; summed && i < SEQKV_BLOCK; ++i) {
         y[i] += add[i];
@@ -207,14 +318,13 @@ static inline void unpack_block(const uint8_t * b, const factor_table<bits, grad
 
 #endif
 
-// Rows of a tile: row j at src + j*stride -> y (n, d), zeros where live[j] is not set. pred (64, d): prediction by offset
-// (meta[j] & 255) that is added, or NULL.
+// as unpack_rows for one block of every row, b .. and y ..; pred only if summed
 template <int bits, int graded, bool summed>
-static void unpack_column(const uint8_t * b, size_t stride, const bool * live, int n, const float * pred, const int32_t * meta, int d, float * y) {
+static void unpack_column(const char * b, size_t stride, const bool * live, int n, const float * pred, const int32_t * meta, int d, float * y) {
     const auto & f = block_factors<bits, graded>;
     for (int j = 0; j < n; ++j, b += stride, y += d) {
         if (live[j]) {
-            unpack_block<bits, graded, summed>(b, f, summed ? pred + (meta[j] & 255)*d : nullptr, y);
+            unpack_block<bits, graded, summed>((const uint8_t *) b, f, summed ? pred + (meta[j] & 255)*d : nullptr, y);
         } else {
             for (int i = 0; i < SEQKV_BLOCK; ++i) {
                 y[i] = 0.0f;
@@ -223,28 +333,19 @@ static void unpack_column(const uint8_t * b, size_t stride, const bool * live, i
     }
 }
 
-template <int bits, int graded>
-static void unpack_plan(const char * src, size_t stride, const bool * live, int n, const float * pred, const int32_t * meta, int d, float * y) {
-    for (int i = 0; i < d; i += SEQKV_BLOCK, src += seqkv_block_bytes(bits, graded)) {
-        if (pred) {
-            unpack_column<bits, graded, true >((const uint8_t *) src, stride, live, n, pred + i, meta, d, y + i);
-        } else {
-            unpack_column<bits, graded, false>((const uint8_t *) src, stride, live, n, nullptr,  meta, d, y + i);
-        }
-    }
-}
-
+// Rows of a tile: row j at src + j*stride -> y (n, d), zeros where live[j] is not set. pred (64, d): prediction by offset
+// (meta[j] & 255) that is added to rows of a graded plan, or NULL.
 static void unpack_rows(int bits, int graded, const char * src, size_t stride, const bool * live, int n, const float * pred, const int32_t * meta,
         int d, float * y) {
-    switch (bits << 1 | graded) {
-        case 2:  unpack_plan<1, 0>(src, stride, live, n, pred, meta, d, y); break;
-        case 3:  unpack_plan<1, 1>(src, stride, live, n, pred, meta, d, y); break;
-        case 4:  unpack_plan<2, 0>(src, stride, live, n, pred, meta, d, y); break;
-        case 5:  unpack_plan<2, 1>(src, stride, live, n, pred, meta, d, y); break;
-        case 6:  unpack_plan<3, 0>(src, stride, live, n, pred, meta, d, y); break;
-        case 7:  unpack_plan<3, 1>(src, stride, live, n, pred, meta, d, y); break;
-        case 8:  unpack_plan<4, 0>(src, stride, live, n, pred, meta, d, y); break;
-        default: unpack_plan<4, 1>(src, stride, live, n, pred, meta, d, y); break;
+    static constexpr decltype(&unpack_column<1, 0, false>) columns[4][3] = {
+        { unpack_column<1, 0, false>, unpack_column<1, 1, false>, unpack_column<1, 1, true> },
+        { unpack_column<2, 0, false>, unpack_column<2, 1, false>, unpack_column<2, 1, true> },
+        { unpack_column<3, 0, false>, unpack_column<3, 1, false>, unpack_column<3, 1, true> },
+        { unpack_column<4, 0, false>, unpack_column<4, 1, false>, unpack_column<4, 1, true> },
+    };
+    const auto unpack = columns[bits - 1][graded ? 1 + (pred != nullptr) : 0];
+    for (int i = 0; i < d; i += SEQKV_BLOCK, src += seqkv_block_bytes(bits, graded)) {
+        unpack(src, stride, live, n, pred ? pred + i : nullptr, meta, d, y + i);
     }
 }
 
@@ -333,30 +434,40 @@ static float row_max(const float * x, int n) {
 
 // s (NQ, ld) = q (NQ, d) k^T, k (n, d); n a multiple of 4, d of 64
 template <int NQ> static void dot_block(const float * q, const float * k, int n, int d, float * s, int ld) {
-    for (int j = 0; j < n; j += 4) {
-        vec sum[NQ][4];
-        for (int h = 0; h < 4; h += DOT_K) {
-            const float * kh = k + (j + h)*d;
-            for (int r = 0; r < NQ; ++r) {
-                for (int c = 0; c < DOT_K; ++c) {
-                    sum[r][h + c] = vset1(0.0f);
-                }
+    static_assert(DOT_K == 2 || DOT_K == 4, "sums4 adds up four vectors");
+    for (int j = 0; j < n; j += DOT_K, k += DOT_K*d) {
+        vec sum[NQ][DOT_K];
+        for (int r = 0; r < NQ; ++r) {
+            for (int c = 0; c < DOT_K; ++c) {
+                sum[r][c] = vset1(0.0f);
             }
-            for (int i = 0; i < d; i += VEC) {
-                vec kv[DOT_K];
-                for (int c = 0; c < DOT_K; ++c) {
-                    kv[c] = vload(kh + c*d + i);
-                }
+        }
+        for (int i = 0; i < d; i += VEC) {
+            vec qv[NQ], kv[DOT_K];
+            for (int r = 0; r < NQ; ++r) {
+                qv[r] = vload(q + r*d + i);
+            }
+            for (int c = 0; c < DOT_K; ++c) {
+                kv[c] = vload(k + c*d + i);
+            }
+            for (int c = 0; c < DOT_K; ++c) {
                 for (int r = 0; r < NQ; ++r) {
-                    const vec qv = vload(q + r*d + i);
-                    for (int c = 0; c < DOT_K; ++c) {
-                        sum[r][h + c] = vmad(qv, kv[c], sum[r][h + c]);
-                    }
+                    sum[r][c] = vmad(qv[r], kv[c], sum[r][c]);
                 }
             }
         }
-        for (int r = 0; r < NQ; ++r) {
-            sums4(s + r*ld + j, sum[r][0], sum[r][1], sum[r][2], sum[r][3]);
+        if (DOT_K == 4) {
+            for (int r = 0; r < NQ; ++r) {
+                sums4(s + r*ld + j, sum[r][0], sum[r][1], sum[r][DOT_K - 2], sum[r][DOT_K - 1]);
+            }
+            continue;
+        }
+        for (int r = 0; r < NQ; r += 2) {
+            const int other = r + 1 < NQ ? r + 1 : r;
+            float x[4];
+            sums4(x, sum[r][0], sum[r][1], sum[other][0], sum[other][1]);
+            memcpy(s + r*ld + j,     x,     2*sizeof(float));
+            memcpy(s + other*ld + j, x + 2, 2*sizeof(float));
         }
     }
 }
