@@ -64,7 +64,7 @@ SEQKV_FN void seqkv_step(const uint32_t * SEQKV_RESTRICT nearest, const float * 
         k[j] = (int32_t) f;
     }
 #if defined(__AVX512F__)
-    _mm512_storeu_si512(levels, _mm512_i32gather_epi32(_mm512_loadu_si512(k), nearest, 4));
+    _mm512_storeu_si512(levels, _mm512_mask_i32gather_epi32(_mm512_setzero_si512(), 0xffff, _mm512_loadu_si512(k), nearest, 4));
 #elif defined(__AVX2__)
     for (int j = 0; j < SEQKV_LANES; j += 8) {
         const __m256i at = _mm256_loadu_si256((const __m256i *) (k + j));

@@ -11,6 +11,11 @@
 
 #include <cstdint>
 
+// gcc 12 takes the undefined operands in its own AVX-512 intrinsics for ours (gcc bug 105593)
+#if defined(__AVX512F__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ < 13
+#    pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
+
 #if defined(__AVX2__)
 #    include <immintrin.h>
 #elif defined(__aarch64__)
