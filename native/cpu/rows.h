@@ -117,25 +117,29 @@ SEQKV_FN void unpack_block(const uint8_t * b, const factor_table<bits, graded> &
 
 #elif defined(__AVX2__)
 
-// Levels of 32 values from bits 0..3 of their indices and masks of bits 4..6. The lower 16 values have B0 bits, the others B1 <= B0.
+// Levels of B0 bits for the lower and of B1 <= B0 for the upper 16 of 32 values, 16 of a table side by side; unused ones are 0.
+template <int B0, int B1> struct level_pair {
+    static constexpr int n_part = B0 < 3 ? 1 : 1 << (B0 - 3);
+
+    alignas(32) int8_t part[n_part][32] = {};
+
+    level_pair() {
+        for (int i = 0; i < 16*n_part; ++i) {
+            part[i/16][i%16]      = B0 > 0 && i < 2 << B0 ? seqkv_level_table(B0)[i] : 0;
+            part[i/16][i%16 + 16] = B1 > 0 && i < 2 << B1 ? seqkv_level_table(B1)[i] : 0;
+        }
+    }
+};
+template <int B0, int B1> static const level_pair<B0, B1> level_pairs;
+
+static inline __m256i load32(const void * x) { return _mm256_load_si256((const __m256i *) x); }
+
+// Levels of 32 values from bits 0..3 of their indices and masks of bits 4..6.
 template <int B0, int B1> SEQKV_FN __m256i look_up(__m256i l, const __m256i * mask) {
-    const auto table = [](int B, int k) { // levels 16k .. of a table, its last 16 beyond its end
-        const int8_t * level = seqkv_level_table(B);
-        const int      n     = 2 << B;
-        if (B == 0) {
-            return _mm_setzero_si128();
-        }
-        if (n < 16) {
-            int64_t few = 0;
-            memcpy(&few, level, n);
-            return _mm_set_epi64x(0, few);
-        }
-        return _mm_loadu_si128((const __m128i *) (level + (16*k < n ? 16*k : n - 16)));
-    };
-    constexpr int n_part = B0 < 3 ? 1 : 1 << (B0 - 3);
-    __m256i part[8];
+    constexpr int n_part = level_pair<B0, B1>::n_part;
+    __m256i part[n_part];
     for (int k = 0; k < n_part; ++k) {
-        part[k] = _mm256_shuffle_epi8(_mm256_set_m128i(table(B1, k), table(B0, k)), l);
+        part[k] = _mm256_shuffle_epi8(load32(level_pairs<B0, B1>.part[k]), l);
     }
     for (int j = 0, n = n_part; n > 1; ++j, n /= 2) { // index bit 4 + j chooses among the parts
         for (int k = 0; k < n/2; ++k) {
@@ -148,10 +152,15 @@ template <int B0, int B1> SEQKV_FN __m256i look_up(__m256i l, const __m256i * ma
 // shuffles of a plan: bytes k of planes 0..3 side by side, k = 0..7, and byte i/8 of planes 4..6 for values 0..15, 32..47 and 16..31, 48..63
 template <int bits, int graded> struct shuffles {
     alignas(32) uint8_t path[32] = {}, rest[32] = {}, upper[3][2][32] = {};
+    alignas(32) uint8_t bit[32] = {}, nibble[32] = {}, step7[32] = {}, step14[32] = {}; // masks; in memory, since a compiler that knew them would make them in every row
 
-    constexpr shuffles() {
+    shuffles() {
         const plane_map<bits, graded> map;
         for (int i = 0; i < 32; ++i) {
+            bit[i]    = (uint8_t) (1 << i%8);
+            nibble[i] = 0x0f;
+            step7[i]  = i%2 == 0 ? 0xaa : 0;
+            step14[i] = i%4 < 2 ? 0xcc : 0;
             path[i] = (uint8_t) (i%4 < 2 ? 8*(i%4) + i/4 : 255);
             rest[i] = i%4 < 2 ? 255 : map.at[i%4][i/4];
             for (int j = 0; j < 3; ++j) {
@@ -163,11 +172,12 @@ template <int bits, int graded> struct shuffles {
     }
 };
 
+template <int bits, int graded> static const shuffles<bits, graded> block_shuffles;
+
 template <int bits, int graded, bool summed>
 SEQKV_FN void unpack_block(const uint8_t * b, const factor_table<bits, graded> & f, const float * add, float * y) {
-    static constexpr plane_map<bits, graded> map;
-    static constexpr shuffles<bits, graded>  to;
-    const auto constant = [](const uint8_t * x) { return _mm256_load_si256((const __m256i *) x); };
+    using map = plane_map<bits, graded>;
+    const auto & to = block_shuffles<bits, graded>;
     const auto read     = [&](int at, int n) { // 16 or 8 bytes of the planes, in each half
         const uint8_t * p = b + 1 + graded + at;
         return n == 16 ? _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *) p)) : _mm256_set1_epi64x((long long) load_word(p));
@@ -188,26 +198,26 @@ SEQKV_FN void unpack_block(const uint8_t * b, const factor_table<bits, graded> &
         _mm256_and_si256(u, each(0, ~0ull)));
 
     // Bits 0..3 of the indices. A word holds 8 bits of each of 4 planes; two steps of a transposition make it 8 numbers of 4 bits
-    __m256i x = _mm256_shuffle_epi8(q, constant(to.path));
+    __m256i x = _mm256_shuffle_epi8(q, load32(to.path));
     __m256i rest = x;
-    if (map.n_plane > 2) {
-        rest = read(map.rest, bits > 2 ? 16 : 8);
-        x    = _mm256_or_si256(x, _mm256_shuffle_epi8(rest, constant(to.rest)));
+    if (map::n_plane > 2) {
+        rest = read(map::rest, bits > 2 ? 16 : 8);
+        x    = _mm256_or_si256(x, _mm256_shuffle_epi8(rest, load32(to.rest)));
     }
-    __m256i t = _mm256_and_si256(_mm256_xor_si256(x, _mm256_srli_epi32(x, 7)), _mm256_set1_epi32(0x00aa00aa));
+    __m256i t = _mm256_and_si256(_mm256_xor_si256(x, _mm256_srli_epi32(x, 7)), load32(to.step7));
     x = _mm256_xor_si256(x, _mm256_xor_si256(t, _mm256_slli_epi32(t, 7)));
-    t = _mm256_and_si256(_mm256_xor_si256(x, _mm256_srli_epi32(x, 14)), _mm256_set1_epi32(0x0000cccc));
+    t = _mm256_and_si256(_mm256_xor_si256(x, _mm256_srli_epi32(x, 14)), load32(to.step14));
     x = _mm256_xor_si256(x, _mm256_xor_si256(t, _mm256_slli_epi32(t, 14)));
-    const __m256i lo = _mm256_and_si256(x, _mm256_set1_epi8(15));
-    const __m256i hi = _mm256_and_si256(_mm256_srli_epi32(x, 4), _mm256_set1_epi8(15));
+    const __m256i lo = _mm256_and_si256(x, load32(to.nibble));
+    const __m256i hi = _mm256_and_si256(_mm256_srli_epi32(x, 4), load32(to.nibble));
     const __m256i l[2] = { _mm256_unpacklo_epi32(lo, hi), _mm256_unpackhi_epi32(lo, hi) }; // values 0..15, 32..47 and 16..31, 48..63
 
-    const __m256i bit   = _mm256_set1_epi64x((long long) 0x8040201008040201u);
-    const __m256i upper = map.n_plane <= 4 || bits < 4 ? rest : read(map.upper, 8);
+    const __m256i bit   = load32(to.bit);
+    const __m256i upper = map::n_plane <= 4 || bits < 4 ? rest : read(map::upper, 8);
     __m256i mask[2][3];
     for (int v = 0; v < 2; ++v) {
         for (int j = 0; 4 + j <= (v ? bits : bits + 2*graded); ++j) {
-            mask[v][j] = _mm256_cmpeq_epi8(_mm256_and_si256(_mm256_shuffle_epi8(upper, constant(to.upper[j][v])), bit), bit);
+            mask[v][j] = _mm256_cmpeq_epi8(_mm256_and_si256(_mm256_shuffle_epi8(upper, load32(to.upper[j][v])), bit), bit);
         }
     }
     constexpr int B0 = graded ? bits + 2 : bits, B2 = graded ? bits - 1 : bits;
