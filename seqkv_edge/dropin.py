@@ -25,6 +25,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from . import lib_dir
 from .errors import SeqkvError, UsageError
 
 _KEY = "seqkv."
@@ -181,6 +182,20 @@ def install(module: ModuleType) -> None:
 
         return init
 
+    def make_backend_init(original: Callable[..., Any]) -> Callable[..., Any]:
+        def init() -> Any:
+            # with -DGGML_BACKEND_DL=ON the backends are files that ggml would look for beside the Python interpreter
+            handle = module.__dict__["_lib"]
+            handle.ggml_backend_reg_count.restype = ctypes.c_size_t
+            if handle.ggml_backend_reg_count() == 0:
+                handle.ggml_backend_load_all_from_path.argtypes = [ctypes.c_char_p]
+                handle.ggml_backend_load_all_from_path.restype = None
+                handle.ggml_backend_load_all_from_path(os.fsencode(lib_dir()))
+            return original()
+
+        return init
+
+    wrap("llama_backend_init", make_backend_init)
     wrap("llama_model_load_from_file", loader(lambda args: Path(os.fsdecode(args[0]))))
     wrap("llama_model_load_from_splits", loader(lambda args: Path(os.fsdecode(args[0][0]))))
     wrap("llama_model_load_from_file_ptr", loader(lambda args: None))
