@@ -62,7 +62,7 @@ def _calibrate(parser: argparse.ArgumentParser) -> None:
     from .calibrate import DEFAULT_TOKENS
 
     _add_model(parser)
-    parser.add_argument("--text", metavar="FILE", help="text to run the model on (default: Python's documentation)")
+    parser.add_argument("--text", metavar="FILE", help="text to run the model on (default: built in, of several kinds)")
     parser.add_argument("--tokens", type=int, default=DEFAULT_TOKENS, metavar="N", help=f"default {DEFAULT_TOKENS}")
     parser.add_argument("-o", dest="output", metavar="PROFILE", help="default: FILE.seqkv.gguf next to the model")
 

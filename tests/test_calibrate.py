@@ -297,7 +297,9 @@ sys.exit(cli.main(sys.argv[1:]))
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no RLIMIT_FSIZE")
-@pytest.mark.parametrize(("n_text", "where"), [(700, "{target}: No space left on device; choose another place with -o"), (900, "in {temp}: ")])
+@pytest.mark.parametrize(
+    ("n_text", "where"), [(700, "{target}: No space left on device; choose another place with -o"), (900, "in {temp}: ")]
+)
 def test_full_disk(tiny_path: Path, tmp_path: Path, n_text: int, where: str) -> None:
     """Of the profile, or before that of the temporary file that its quality is measured with, where the text is long enough."""
     text, target = tmp_path / "text.txt", tmp_path / "p.gguf"

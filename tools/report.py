@@ -73,19 +73,19 @@ def factor(value: float | None) -> str:
 
 
 def drift() -> str:
-    body = [[r["kv"], *(f"{x:.4f}" for x in r["kld_quarters"]), factor(r["last_to_second"])] for r in check("drift")["rows"]]
+    body = [[r["kv"], *(f"{x:.5f}" for x in r["kld_quarters"]), factor(r["last_to_second"])] for r in check("drift")["rows"]]
     return table(["KV cache", "1st quarter", "2nd", "3rd", "4th", "4th to 2nd"], body)
 
 
 def texts() -> str:
     rows = check("texts")["rows"]
     names, kinds = (list(dict.fromkeys(r[key] for r in rows)) for key in ("text", "kv"))
-    cell = {(r["kv"], r["text"]): f"{r['kld_mean']:.4f} ({factor(r['to_first'])})" for r in rows}
+    cell = {(r["kv"], r["text"]): f"{r['kld_mean']:.5f} ({factor(r['to_first'])})" for r in rows}
     return table(["KV cache", *names], [[kv, *(cell[kv, name] for name in names)] for kv in kinds])
 
 
 def outliers() -> str:
-    body = [[r["kv"], f"{r['kld_mean']:.4f}", f"{r['kld_mean_outliers']:.4f}", factor(r["to_original"])] for r in check("outliers")["rows"]]
+    body = [[r["kv"], f"{r['kld_mean']:.5f}", f"{r['kld_mean_outliers']:.5f}", factor(r["to_original"])] for r in check("outliers")["rows"]]
     return table(["KV cache", "KLD mean", "with outliers", "ratio"], body)
 
 
