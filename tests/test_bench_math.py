@@ -265,9 +265,9 @@ def test_tables_of_the_checks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "docs/quality-checks.json").write_text(json.dumps(results))
     monkeypatch.setattr(report, "ROOT", tmp_path)
     ends = {
-        "drift": "| seqkv3 | 0.1000 | 0.2000 | 0.3000 | 0.2500 | 1.25 |",
-        "texts": "| seqkv3 | 0.5000 (-) |",
-        "outliers": "| seqkv3 | 0.5000 | 1.0000 | 2.00 |",
+        "drift": "| seqkv3 | 0.10000 | 0.20000 | 0.30000 | 0.25000 | 1.25 |",
+        "texts": "| seqkv3 | 0.50000 (-) |",
+        "outliers": "| seqkv3 | 0.50000 | 1.00000 | 2.00 |",
         "greedy": "| seqkv3 | 24.5 | 20.2 | 1 |",
         "retrieval": "| seqkv3 | 3 of 4 | 1 | 2 | 1 | 0 |",
     }
