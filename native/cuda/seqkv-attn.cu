@@ -2,8 +2,7 @@
 //
 // Rows are expanded to absolute K and V in float, a chunk of the virtual axis at a time, and attended to without tensor cores.
 #include "seqkv-attn.cuh"
-
-#include "../../ggml-cuda/dequantize.cuh"
+#include "seqkv-cells.cuh"
 
 static constexpr int ROWS  = 16;   // rows expanded by a block
 static constexpr int CHUNK = 4096; // rows in scratch at a time
@@ -71,30 +70,6 @@ static __device__ void decode_blocks(const uint8_t * src, float * y, int d, int 
     }
 }
 
-SEQKV_FN float other_value(ggml_type type, const char * src, int i) {
-    float2 v = make_float2(0.0f, 0.0f); // values iqs and iqs + 16 of a block of 32, for Q8_0 iqs and iqs + 1
-    const int ib = i/32, j = i%32;
-    switch (type) {
-        case GGML_TYPE_F32:  return ((const float *) src)[i];
-        case GGML_TYPE_F16:  return __half2float(((const half *) src)[i]);
-        case GGML_TYPE_BF16: return __bfloat162float(((const nv_bfloat16 *) src)[i]);
-        case GGML_TYPE_Q8_0: {
-            const block_q8_0 & b = ((const block_q8_0 *) src)[ib];
-            return __half2float(b.d)*b.qs[j];
-        }
-        case GGML_TYPE_IQ4_NL: {
-            const block_iq4_nl & b = ((const block_iq4_nl *) src)[ib];
-            return __half2float(b.d)*kvalues_iq4nl[j < 16 ? b.qs[j] & 15 : b.qs[j - 16] >> 4];
-        }
-        case GGML_TYPE_Q4_0: dequantize_q4_0(src, ib, j % 16, v); break;
-        case GGML_TYPE_Q4_1: dequantize_q4_1(src, ib, j % 16, v); break;
-        case GGML_TYPE_Q5_0: dequantize_q5_0(src, ib, j % 16, v); break;
-        case GGML_TYPE_Q5_1: dequantize_q5_1(src, ib, j % 16, v); break;
-        default: break;
-    }
-    return j < 16 ? v.x : v.y;
-}
-
 // a head's cell -> y[d] in its own domain, by n threads of which this is number i
 static __device__ void decode_cell(ggml_type type, int bits, int graded, const char * src, float * y, int d, int i, int n) {
     const uint8_t * b = (const uint8_t *) src;
@@ -119,7 +94,7 @@ SEQKV_FN void fwht_rows(float * x, int d) {
     for (int h = 1; h < d; h *= 2) {
         __syncthreads();
         for (int j = threadIdx.x; j < ROWS*d/2; j += blockDim.x) {
-            const int   at = j/h*2*h + j%h;
+            const int   at = (j & -h) << 1 | (j & (h - 1));
             const float a = x[at], b = x[at + h];
             x[at]     = a + b;
             x[at + h] = a - b;
@@ -324,7 +299,7 @@ static __global__ void __launch_bounds__(WARPS*WARP_SIZE) attend_kernel(seqkv_vi
     }
 }
 
-static void attend_rows(ggml_backend_cuda_context & ctx, const ggml_tensor * dst) {
+static void attend_rows(ggml_backend_cuda_context & ctx, const ggml_tensor * dst, const ggml_tensor * rows) {
     const seqkv_view a = seqkv_view_of(dst);
     cudaStream_t stream = ctx.stream();
 
@@ -355,67 +330,139 @@ static void attend_rows(ggml_backend_cuda_context & ctx, const ggml_tensor * dst
         attend_kernel<<<dim3(splits, n_tiles*a.p.n_head_kv, a.n_stream), WARPS*WARP_SIZE, smem_attend, stream>>>(
             a, j0, j1, k.get(), v.get(), parts, c*splits, CHUNK/splits);
     }
-    seqkv_combine(ctx, a, parts);
+    seqkv_combine(ctx, a, parts, rows);
 }
 
 //
 // the end
 //
 
+static constexpr int COMBINE_GROUPS = 4;   // of dv threads, each sums its share of the parts
+static constexpr int COMBINE_PARTS  = 512; // weights in shared memory at a time
+
+// frame rows of the ubatch that go into the window
+struct window_rows {
+    char          * dst; // NULL: none
+    const int64_t * idxs;
+    int64_t         nb1;
+};
+
 // One block a query row: parts -> dst. H of the sums over transformed values, their mean and scale, the sink.
-static __global__ void combine_kernel(seqkv_view a, seqkv_parts parts) {
-    __shared__ float z[SEQKV_MAX_HEAD];
-    const int     dv = a.p.dv, i = threadIdx.x;
+static __global__ void combine_kernel(seqkv_view a, seqkv_parts parts, window_rows rows) {
+    __shared__ float z[COMBINE_GROUPS*SEQKV_MAX_HEAD], y[COMBINE_GROUPS*SEQKV_MAX_HEAD], weight[COMBINE_PARTS];
+    __shared__ float reduced[3][32];
+    const int     dv = a.p.dv, i = threadIdx.x%dv, group = threadIdx.x/dv;
     const int     head = blockIdx.x, h = head/a.group;
     const int64_t row  = (int64_t) blockIdx.y*a.n_head + head;
     const float2 * ml  = parts.ml  + row*parts.n_parts;
     const float  * acc = parts.acc + row*parts.n_parts*dv;
+    const int warp = threadIdx.x/WARP_SIZE, lane = threadIdx.x%WARP_SIZE, n_warps = blockDim.x/WARP_SIZE;
+
+    const bool  prof    = a.bits_v && a.tables.prof;
+    const float v_mean  = prof ? __half2float(a.tables.v_mean(h)[i])       : 0.0f;
+    const float v_scale = prof ? 1.0f/__half2float(a.tables.v_scale(h)[i]) : 1.0f;
+    ggml_cuda_pdl_sync();
+    ggml_cuda_pdl_lc();
+    if (rows.dst && rows.idxs[blockIdx.y] >= 0) {
+        const int width = a.p.n_head_kv*(a.p.dk + a.p.dv)/2;
+        const half2 * from = (const half2 *) a.cur + (int64_t) blockIdx.y*width;
+        half2       * to   = (half2 *) (rows.dst + rows.idxs[blockIdx.y]*rows.nb1);
+        for (int c = head*blockDim.x + threadIdx.x; c < width; c += a.n_head*blockDim.x) {
+            to[c] = from[c];
+        }
+    }
 
     const float sink = a.sinks ? a.sinks[head] : -INFINITY;
     float m = sink;
-    for (int c = 0; c < parts.n_parts; ++c) {
+    for (int c = threadIdx.x; c < parts.n_parts; c += blockDim.x) {
         m = fmaxf(m, ml[c].x);
     }
-    float l = a.sinks ? __expf(sink - m) : 0.0f, l_z = 0.0f, sum_z = 0.0f, sum_x = 0.0f;
-    for (int c = 0; c < parts.n_parts; ++c) {
-        if (ml[c].x == -INFINITY) {
-            continue;
+    m = warp_reduce_max(m);
+    if (lane == 0) {
+        reduced[0][warp] = m;
+    }
+    __syncthreads();
+    m = reduced[0][0];
+    for (int w = 1; w < n_warps; ++w) {
+        m = fmaxf(m, reduced[0][w]);
+    }
+
+    float l = 0.0f, l_z = 0.0f, sum_z = 0.0f, sum_x = 0.0f;
+    for (int c0 = 0; c0 < parts.n_parts; c0 += COMBINE_PARTS) {
+        const int n = min(COMBINE_PARTS, parts.n_parts - c0);
+        for (int c = threadIdx.x; c < n; c += blockDim.x) {
+            const float2 x = ml[c0 + c];
+            const float  f = x.x == -INFINITY ? 0.0f : __expf(x.x - m);
+            weight[c] = f;
+            l   += f*x.y;
+            l_z += c0 + c < parts.n_z ? f*x.y : 0.0f;
         }
-        const float f = __expf(ml[c].x - m);
-        l += f*ml[c].y;
-        if (c < parts.n_z) {
-            l_z   += f*ml[c].y;
-            sum_z += f*acc[c*dv + i];
-        } else {
-            sum_x += f*acc[c*dv + i];
+        __syncthreads();
+#pragma unroll 8
+        for (int c = group; c < n; c += COMBINE_GROUPS) {
+            const float x = weight[c]*acc[(int64_t) (c0 + c)*dv + i];
+            sum_z += c0 + c < parts.n_z ? x : 0.0f;
+            sum_x += c0 + c < parts.n_z ? 0.0f : x;
+        }
+        __syncthreads();
+    }
+    l   = warp_reduce_sum(l);
+    l_z = warp_reduce_sum(l_z);
+    if (lane == 0) {
+        reduced[1][warp] = l;
+        reduced[2][warp] = l_z;
+    }
+    // stored place within 16 values: 4*(value%4) + value/4
+    z[group*dv + (parts.permuted ? (i & ~15) | (i & 3) << 2 | (i >> 2 & 3) : i)] = sum_z;
+    y[group*dv + i] = sum_x;
+    __syncthreads();
+    l = a.sinks ? __expf(sink - m) : 0.0f;
+    l_z = 0.0f;
+    for (int w = 0; w < n_warps; ++w) {
+        l   += reduced[1][w];
+        l_z += reduced[2][w];
+    }
+    if (group == 0) {
+        for (int k = 1; k < COMBINE_GROUPS; ++k) {
+            z[i] += z[k*dv + i];
+            y[i] += y[k*dv + i];
         }
     }
     if (parts.n_z > 0) {
-        // stored place within 16 values: 4*(value%4) + value/4
-        z[parts.permuted ? (i & ~15) | (i & 3) << 2 | (i >> 2 & 3) : i] = sum_z;
-        seqkv_fwht_shared(z, dv, i, dv);
-        const bool prof = a.bits_v && a.tables.prof;
-        sum_x += prof ? z[i]/__half2float(a.tables.v_scale(h)[i]) + l_z*__half2float(a.tables.v_mean(h)[i]) : z[i];
+        seqkv_fwht_shared(z, dv, threadIdx.x, blockDim.x);
     }
-    a.dst[row*dv + i] = l > 0.0f ? sum_x/l : 0.0f;
+    if (group == 0) {
+        float x = y[i];
+        if (parts.n_z > 0) {
+            x += z[i]*v_scale + l_z*v_mean;
+        }
+        a.dst[row*dv + i] = l > 0.0f ? x/l : 0.0f;
+    }
 }
 
-void seqkv_combine(ggml_backend_cuda_context & ctx, const seqkv_view & a, const seqkv_parts & parts) {
-    combine_kernel<<<dim3(a.n_head, a.n_stream*a.n_tokens), a.p.dv, 0, ctx.stream()>>>(a, parts);
+void seqkv_combine(ggml_backend_cuda_context & ctx, const seqkv_view & a, const seqkv_parts & parts, const ggml_tensor * rows) {
+    window_rows w = { nullptr, nullptr, 0 };
+    if (rows) {
+        w = { (char *) rows->data, (const int64_t *) rows->src[1]->data, (int64_t) rows->nb[1] };
+    }
+    ggml_cuda_kernel_launch(combine_kernel, ggml_cuda_kernel_launch_params(dim3(a.n_head, a.n_stream*a.n_tokens), dim3(COMBINE_GROUPS*a.p.dv), 0, ctx.stream()),
+        a, parts, w);
 }
 
-void ggml_cuda_seqkv_attn(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
+void ggml_cuda_seqkv_attn(ggml_backend_cuda_context & ctx, ggml_tensor * dst, ggml_tensor * rows, bool overlap) {
     if (ggml_nelements(dst) == 0) {
         return;
     }
-    const int cc = ggml_cuda_info().devices[ctx.device].cc;
     const int64_t n_tokens = dst->src[0]->ne[2]/dst->src[1]->ne[2];
-    if (n_tokens <= SEQKV_MAX_DECODE && seqkv_decode_supported(cc, dst)) {
-        seqkv_decode(ctx, dst);
+    if (n_tokens <= SEQKV_MAX_DECODE && seqkv_decode_supported(ctx.device, dst)) {
+        seqkv_decode(ctx, dst, rows, overlap);
     } else if (n_tokens > SEQKV_MAX_DECODE && seqkv_prefill_supported(ctx.device, dst)) {
         seqkv_prefill(ctx, dst);
+        if (rows) {
+            ggml_cuda_seqkv_store(ctx, rows);
+        }
     } else {
-        attend_rows(ctx, dst);
+        attend_rows(ctx, dst, rows);
     }
 }
 

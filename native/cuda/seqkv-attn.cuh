@@ -56,12 +56,12 @@ struct seqkv_parts {
     int      n_parts, n_z, permuted;
 };
 
-// all parts -> dst
-void seqkv_combine(ggml_backend_cuda_context & ctx, const seqkv_view & a, const seqkv_parts & parts);
+// all parts -> dst; rows: STORE of the window's rows, or NULL
+void seqkv_combine(ggml_backend_cuda_context & ctx, const seqkv_view & a, const seqkv_parts & parts, const ggml_tensor * rows);
 
-// Decode straight from blocks on tensor cores.
-bool seqkv_decode_supported(int cc, const ggml_tensor * dst);
-void seqkv_decode(ggml_backend_cuda_context & ctx, ggml_tensor * dst);
+// Decode straight from blocks on tensor cores. overlap: the last kernel launched was the fused write of the cache.
+bool seqkv_decode_supported(int device, const ggml_tensor * dst);
+void seqkv_decode(ggml_backend_cuda_context & ctx, ggml_tensor * dst, const ggml_tensor * rows, bool overlap);
 
 // Prefill: rows expanded to f16, then upstream's kernels.
 bool seqkv_prefill_supported(int device, const ggml_tensor * dst);

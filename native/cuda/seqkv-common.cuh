@@ -94,8 +94,8 @@ SEQKV_FN float seqkv_rotated(const float * x, int i, const float * cs, int n_rot
     if (i >= n_rot) {
         return x[i];
     }
-    const int  pair   = neox ? i % (n_rot/2) : i/2;
-    const bool second = neox ? i >= n_rot/2  : i & 1;
+    const bool second = neox ? i >= n_rot/2 : i & 1;
+    const int  pair   = neox ? (second ? i - n_rot/2 : i) : i/2;
     const int2 at     = seqkv_pair(pair, n_rot, neox);
     const float c = cs[2*pair];
     const float s = inverse ? -cs[2*pair + 1] : cs[2*pair + 1];
@@ -107,7 +107,7 @@ SEQKV_FN void seqkv_fwht_shared(float * x, int d, int i, int n) {
     for (int h = 1; h < d; h *= 2) {
         __syncthreads();
         for (int j = i; j < d/2; j += n) {
-            const int   at = j/h*2*h + j%h;
+            const int   at = (j & -h) << 1 | (j & (h - 1)); // h is a power of 2
             const float a = x[at], b = x[at + h];
             x[at]     = a + b;
             x[at + h] = a - b;

@@ -8,8 +8,8 @@
 //
 // Rows of the tensor core tiles: row r is the upper digit of query r, row r + 8 its lower digit: a query's two sums are in one thread.
 #include "seqkv-attn.cuh"
+#include "seqkv-cells.cuh"
 #include "seqkv-mma.cuh"
-#include "seqkv-unpack.cuh"
 
 static constexpr int TILE    = 64;        // cells of a tile
 static constexpr int WARPS   = 4;
@@ -38,171 +38,239 @@ template <int D> SEQKV_FN uint32_t * digits_of(const frame_queries & f, int64_t 
 // queries in the frames
 //
 
-static constexpr __host__ __device__ int query_rows(int d) { return d == 256 ? 32 : 64; } // rows of a block: frame x query
-static constexpr __host__ __device__ int query_smem(int d) { return (2*query_rows(d) + 64)*(d + 8)*2; }
+static constexpr __host__ __device__ int query_rows (int d) { return d == 256 ? 32 : 64; } // rows of a block: frame x query, at most
+static constexpr __host__ __device__ int query_chunk(int d) { return d == 256 ? 64 : d; }  // rows of D at a time
+static constexpr __host__ __device__ bool query_resident(int d) { return d <= 128; }       // D and the predictions stay in shared memory
+static constexpr int query_smem(int d, int nq) { return (2*query_rows(d) + query_chunk(d) + (query_resident(d) ? 64 : 0))*(d + 8)*2 + nq*d*4; }
 
+// overlap: the kernel before this one writes the cache and nothing that is read here: run beside it
 template <int D>
-static __global__ void __launch_bounds__(query_rows(D)*2) queries_kernel(seqkv_view a, frame_queries f, int mt) {
-    constexpr int ROWS = query_rows(D), LD = D + 8, NT = ROWS*2;
+static __global__ void __launch_bounds__(query_rows(D)*2) queries_kernel(seqkv_view a, frame_queries f, int mt, bool overlap) {
+    constexpr int  ROWS = query_rows(D), LD = D + 8, NT = ROWS*2, CHUNK = query_chunk(D);
+    constexpr bool RESIDENT = query_resident(D);
     extern __shared__ __align__(16) half smem_h[];
-    half * hi    = smem_h;         // (ROWS, LD)
-    half * lo    = hi + ROWS*LD;   // (ROWS, LD)
-    half * chunk = lo + ROWS*LD;   // (64, LD)
-    float * out  = (float *) smem_h; // (ROWS, D + 4), later
+    half  * hi    = smem_h;         // (ROWS, LD)
+    half  * lo    = hi + ROWS*LD;   // (ROWS, LD)
+    half  * chunk = lo + ROWS*LD;   // (CHUNK, LD)
+    half  * preds = RESIDENT ? chunk + CHUNK*LD : chunk; // (64, LD)
+    float * q     = (float *) (preds + 64*LD);           // (nq, D)
+    float * out   = (float *) smem_h;                    // (ROWS, D + 4), later
 
     const int h = blockIdx.y, s = blockIdx.z;
     const int nq = a.n_tokens*a.group;
     const int warp = threadIdx.x/WARP_SIZE, lane = threadIdx.x%WARP_SIZE, g = lane/4, t = lane%4;
-    const int row0   = blockIdx.x*ROWS;
-    const int n_rows = min(ROWS, f.n_frames*nq - row0);
     const bool dense = a.form_k == SEQKV_DENSE;
 
-    // rotated queries, a pair at a time
-    for (int i = threadIdx.x; i < ROWS*(D/2); i += NT) {
-        const int r = i/(D/2), pair = i%(D/2);
-        int2   at = make_int2(2*pair, 2*pair + 1);
-        float2 x  = make_float2(0.0f, 0.0f);
-        if (r < n_rows) {
-            const int frame = (row0 + r)/nq, iq = (row0 + r)%nq;
-            const float * q = a.query(s, iq/a.group, h*a.group + iq%a.group);
-            const bool rotated = pair < a.p.n_rot/2;
-            at = rotated ? seqkv_pair(pair, a.p.n_rot, a.p.neox) : at;
-            x  = make_float2(q[at.x], q[at.y]);
-            if (rotated) {
-                const float2 cs = ((const float2 *) (a.rot.base + (int64_t) (SEQKV_FRAME + frame)*a.rot.stride))[pair];
-                x = make_float2(x.x*cs.x + x.y*cs.y, x.y*cs.x - x.x*cs.y);
+    const auto load_chunk = [&](int k0) {
+#pragma unroll 8
+        for (int i = threadIdx.x; i < CHUNK*D/8; i += NT) {
+            const int k = i/(D/8), n = i%(D/8)*8;
+            if (dense) {
+                copy_async16(chunk + k*LD + n, a.tables.dec(h) + (k0 + k)*D + n);
+            } else {
+                *(uint4 *) (chunk + k*LD + n) = hadamard8(k0 + k, n);
             }
         }
-        const half u = __float2half(x.x), v = __float2half(x.y);
-        hi[r*LD + at.x] = u;
-        hi[r*LD + at.y] = v;
-        lo[r*LD + at.x] = __float2half(x.x - __half2float(u));
-        lo[r*LD + at.y] = __float2half(x.y - __half2float(v));
+    };
+    const auto load_preds = [&]() {
+        const half * pred = a.tables.pred(h);
+#pragma unroll 8
+        for (int i = threadIdx.x; i < 64*D/8; i += NT) {
+            copy_async16(preds + i/(D/8)*LD + i%(D/8)*8, pred + 8*i);
+        }
+    };
+    if (RESIDENT) {
+        load_chunk(0);
+        if (dense) {
+            load_preds();
+        }
+    }
+    if (!overlap) {
+        ggml_cuda_pdl_sync();
+    }
+    ggml_cuda_pdl_lc();
+    for (int i = threadIdx.x; i < nq*(D/4); i += NT) {
+        const int iq = i/(D/4);
+        copy_async16((float4 *) q + i, (const float4 *) a.query(s, iq/a.group, h*a.group + iq%a.group) + i%(D/4));
     }
 
-    float acc[D/8][4] = {{ 0.0f }};
-    for (int k0 = 0; k0 < D; k0 += 64) {
-        __syncthreads();
-        for (int i = threadIdx.x; i < 64*D/8; i += NT) {
-            const int k = i/(D/8), n = i%(D/8)*8;
-            uint4 x;
-            if (dense) {
-                x = *(const uint4 *) (a.tables.dec(h) + (k0 + k)*D + n);
-            } else {
-                uint32_t * w = (uint32_t *) &x;
+    for (int frame0 = blockIdx.x*(ROWS/nq); frame0 < f.n_frames; frame0 += gridDim.x*(ROWS/nq)) {
+        const int n_frames = min(ROWS/nq, f.n_frames - frame0);
+        const int n_rows   = n_frames*nq;
+        if (!RESIDENT) {
+            __syncthreads();
+            load_chunk(0);
+        }
+
+        // rotated queries, a pair at a time
+        for (int i0 = threadIdx.x; i0 - (int) threadIdx.x < n_frames*(D/2); i0 += 8*NT) {
+            float2 cs[8];
 #pragma unroll
-                for (int j = 0; j < 4; ++j) {
-                    w[j] = 0x3c003c00 | (__popc((k0 + k) & (n + 2*j)) & 1) << 15 | (uint32_t) (__popc((k0 + k) & (n + 2*j + 1)) & 1) << 31;
+            for (int i = 0; i < 8; ++i) {
+                const int frame = (i0 + i*NT)/(D/2), pair = (i0 + i*NT)%(D/2);
+                cs[i] = make_float2(1.0f, 0.0f);
+                if (frame < n_frames && pair < a.p.n_rot/2) {
+                    cs[i] = ((const float2 *) (a.rot.base + (int64_t) (SEQKV_FRAME + frame0 + frame)*a.rot.stride))[pair];
                 }
             }
-            *(uint4 *) (chunk + k*LD + n) = x;
-        }
-        __syncthreads();
-        for (int kk = 0; kk < 64; kk += 16) {
-            uint32_t ah[4], al[4];
-            const int at = (16*warp + g)*LD + k0 + kk + 2*t;
+            copy_wait();
+            __syncthreads();
 #pragma unroll
-            for (int j = 0; j < 4; ++j) {
-                const int o = at + (j & 1)*8*LD + (j >> 1)*8;
-                ah[j] = *(const uint32_t *) (hi + o);
-                al[j] = *(const uint32_t *) (lo + o);
+            for (int i = 0; i < 8; ++i) {
+                const int frame = (i0 + i*NT)/(D/2), pair = (i0 + i*NT)%(D/2);
+                if (frame < n_frames) {
+                    const int2 at = pair < a.p.n_rot/2 ? seqkv_pair(pair, a.p.n_rot, a.p.neox) : make_int2(2*pair, 2*pair + 1);
+                    for (int iq = 0; iq < nq; ++iq) {
+                        const float x = q[iq*D + at.x], y = q[iq*D + at.y];
+                        const float u = x*cs[i].x + y*cs[i].y, v = y*cs[i].x - x*cs[i].y;
+                        const half  hu = __float2half(u), hv = __float2half(v);
+                        const int   r = (frame*nq + iq)*LD;
+                        hi[r + at.x] = hu;
+                        hi[r + at.y] = hv;
+                        lo[r + at.x] = __float2half(u - __half2float(hu));
+                        lo[r + at.y] = __float2half(v - __half2float(hv));
+                    }
+                }
+            }
+        }
+        for (int i = n_rows*LD/2 + threadIdx.x; i < ROWS*LD/2; i += NT) {
+            ((uint32_t *) hi)[i] = ((uint32_t *) lo)[i] = 0;
+        }
+
+        float acc[D/8][4] = {{ 0.0f }};
+        for (int k0 = 0; k0 < D; k0 += CHUNK) {
+            if (k0 > 0) {
+                __syncthreads();
+                load_chunk(k0);
+                copy_wait();
+            }
+            __syncthreads(); // also: the rotated queries are there
+            for (int kk = 0; kk < CHUNK; kk += 16) {
+                uint32_t ah[4], al[4];
+                const int at = (16*warp + g)*LD + k0 + kk + 2*t;
+#pragma unroll
+                for (int j = 0; j < 4; ++j) {
+                    const int o = at + (j & 1)*8*LD + (j >> 1)*8;
+                    ah[j] = *(const uint32_t *) (hi + o);
+                    al[j] = *(const uint32_t *) (lo + o);
+                }
+#pragma unroll
+                for (int n0 = 0; n0 < D/8; n0 += 8) { // independent products one after the other
+                    uint32_t b[16];
+#pragma unroll
+                    for (int n = 0; n < 8; n += 2) {
+                        load_b_transposed(b + 2*n, chunk + (kk + lane%16)*LD + 8*(n0 + n) + lane/16*8);
+                    }
+#pragma unroll
+                    for (int n = 0; n < 8; ++n) {
+                        mma_f16(acc[n0 + n], ah, b[2*n], b[2*n + 1]);
+                    }
+#pragma unroll
+                    for (int n = 0; n < 8; ++n) {
+                        mma_f16(acc[n0 + n], al, b[2*n], b[2*n + 1]);
+                    }
+                }
+            }
+        }
+        if (!dense) {
+#pragma unroll
+            for (int n = 0; n < D/8; ++n) {
+#pragma unroll
+                for (int j = 0; j < 4; ++j) {
+                    acc[n][j] *= rsqrtf((float) D);
+                }
+            }
+        }
+
+        // products with the predictions
+        __syncthreads();
+        if (dense) {
+            if (!RESIDENT) {
+                load_preds();
+                copy_wait();
+                __syncthreads();
+            }
+            float sum[8][4] = {{ 0.0f }};
+#pragma unroll
+            for (int k = 0; k < D/16; ++k) {
+                uint32_t ah[4], al[4], b0[8], b1[8];
+#pragma unroll
+                for (int j = 0; j < 4; ++j) {
+                    const float * c = acc[2*k + (j >> 1)] + 2*(j & 1);
+                    split_f16(c[0], c[1], ah[j], al[j]);
+                }
+#pragma unroll
+                for (int n = 0; n < 8; ++n) {
+                    const half * b = preds + (8*n + g)*LD + 16*k + 2*t;
+                    b0[n] = *(const uint32_t *) b;
+                    b1[n] = *(const uint32_t *) (b + 8);
+                }
+#pragma unroll
+                for (int n = 0; n < 8; ++n) {
+                    mma_f16(sum[n], ah, b0[n], b1[n]);
+                }
+#pragma unroll
+                for (int n = 0; n < 8; ++n) {
+                    mma_f16(sum[n], al, b0[n], b1[n]);
+                }
+            }
+#pragma unroll
+            for (int e = 0; e < 2; ++e) {
+                const int r = 16*warp + g + 8*e;
+                if (r < n_rows) {
+                    const int frame = frame0 + r/nq, iq = r%nq;
+                    float * dst = f.pred + (f.index(a, s, frame, h)*8*mt + iq)*SEQKV_FRAME;
+#pragma unroll
+                    for (int n = 0; n < 8; ++n) {
+                        *(float2 *) (dst + 8*n + 2*t) = make_float2(sum[n][2*e], sum[n][2*e + 1]);
+                    }
+                }
+            }
+        }
+
+        // digits; hi and lo are done with
+        float inv[2];
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+            float max = 0.0f;
+#pragma unroll
+            for (int n = 0; n < D/8; ++n) {
+                max = fmaxf(max, fmaxf(fabsf(acc[n][2*e]), fabsf(acc[n][2*e + 1])));
+            }
+            max = fmaxf(max, __shfl_xor_sync(0xffffffff, max, 1));
+            max = fmaxf(max, __shfl_xor_sync(0xffffffff, max, 2));
+            inv[e] = max > 0.0f ? DIGITS/max : 0.0f;
+            const int r = 16*warp + g + 8*e;
+            if (t == 0 && r < n_rows) {
+                f.scale[f.index(a, s, frame0 + r/nq, h)*8*mt + r%nq] = max/DIGITS;
             }
 #pragma unroll
             for (int n = 0; n < D/8; ++n) {
-                uint32_t b0, b1;
-                load_b_transposed(b0, b1, chunk + (kk + lane%16)*LD + 8*n);
-                mma_f16(acc[n], ah, b0, b1);
-                mma_f16(acc[n], al, b0, b1);
+                *(float2 *) (out + r*(D + 4) + 8*n + 2*t) = make_float2(acc[n][2*e]*inv[e], acc[n][2*e + 1]*inv[e]);
             }
-        }
-    }
-    if (!dense) {
-#pragma unroll
-        for (int n = 0; n < D/8; ++n) {
-#pragma unroll
-            for (int j = 0; j < 4; ++j) {
-                acc[n][j] *= rsqrtf((float) D);
-            }
-        }
-    }
-
-    // products with the predictions
-    __syncthreads();
-    if (dense) {
-        const half * pred = a.tables.pred(h);
-        for (int i = threadIdx.x; i < 64*D/8; i += NT) {
-            *(uint4 *) (chunk + i/(D/8)*LD + i%(D/8)*8) = *(const uint4 *) (pred + 8*i);
         }
         __syncthreads();
-        float sum[8][4] = {{ 0.0f }};
-#pragma unroll
-        for (int k = 0; k < D/16; ++k) {
-            uint32_t ah[4], al[4];
+        for (int i = threadIdx.x; i < ROWS*(D/4); i += NT) {
+            const int r = i/(D/4), run = i%(D/4)/4, tt = i%4;
+            if (r >= n_rows) {
+                break;
+            }
+            uint32_t upper = 0, lower = 0;
 #pragma unroll
             for (int j = 0; j < 4; ++j) {
-                const float * c = acc[2*k + (j >> 1)] + 2*(j & 1);
-                split_f16(c[0], c[1], ah[j], al[j]);
+                const int x = __float2int_rn(out[r*(D + 4) + 16*run + 4*j + tt]);
+                const int u = (x + 64) >> 7;
+                upper |= (uint32_t) (u & 255) << 8*j;
+                lower |= (uint32_t) ((x - 128*u) & 255) << 8*j;
             }
-#pragma unroll
-            for (int n = 0; n < 8; ++n) {
-                const half * b = chunk + (8*n + g)*LD + 16*k + 2*t;
-                const uint32_t b0 = *(const uint32_t *) b, b1 = *(const uint32_t *) (b + 8);
-                mma_f16(sum[n], ah, b0, b1);
-                mma_f16(sum[n], al, b0, b1);
-            }
+            const int frame = frame0 + r/nq, iq = r%nq, reg = 2*run;
+            uint32_t * dst = digits_of<D>(f, f.index(a, s, frame, h), mt) + (((iq/8*(D/32) + reg/4)*32 + iq%8*4 + tt)*4 + reg%4);
+            *(uint2 *) dst = make_uint2(upper, lower);
         }
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-            const int r = 16*warp + g + 8*e;
-            if (r < n_rows) {
-                const int frame = (row0 + r)/nq, iq = (row0 + r)%nq;
-                float * dst = f.pred + (f.index(a, s, frame, h)*8*mt + iq)*SEQKV_FRAME;
-#pragma unroll
-                for (int n = 0; n < 8; ++n) {
-                    *(float2 *) (dst + 8*n + 2*t) = make_float2(sum[n][2*e], sum[n][2*e + 1]);
-                }
-            }
-        }
+        __syncthreads();
     }
-
-    // digits; hi and lo are done with
-    float inv[2];
-#pragma unroll
-    for (int e = 0; e < 2; ++e) {
-        float max = 0.0f;
-#pragma unroll
-        for (int n = 0; n < D/8; ++n) {
-            max = fmaxf(max, fmaxf(fabsf(acc[n][2*e]), fabsf(acc[n][2*e + 1])));
-        }
-        max = fmaxf(max, __shfl_xor_sync(0xffffffff, max, 1));
-        max = fmaxf(max, __shfl_xor_sync(0xffffffff, max, 2));
-        inv[e] = max > 0.0f ? DIGITS/max : 0.0f;
-        const int r = 16*warp + g + 8*e;
-        if (t == 0 && r < n_rows) {
-            f.scale[f.index(a, s, (row0 + r)/nq, h)*8*mt + (row0 + r)%nq] = max/DIGITS;
-        }
-#pragma unroll
-        for (int n = 0; n < D/8; ++n) {
-            *(float2 *) (out + r*(D + 4) + 8*n + 2*t) = make_float2(acc[n][2*e]*inv[e], acc[n][2*e + 1]*inv[e]);
-        }
-    }
-    __syncthreads();
-    for (int i = threadIdx.x; i < ROWS*(D/4); i += NT) {
-        const int r = i/(D/4), run = i%(D/4)/4, tt = i%4;
-        if (r >= n_rows) {
-            break;
-        }
-        uint32_t upper = 0, lower = 0;
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-            const int x = __float2int_rn(out[r*(D + 4) + 16*run + 4*j + tt]);
-            const int u = (x + 64) >> 7;
-            upper |= (uint32_t) (u & 255) << 8*j;
-            lower |= (uint32_t) ((x - 128*u) & 255) << 8*j;
-        }
-        const int frame = (row0 + r)/nq, iq = (row0 + r)%nq, reg = 2*run;
-        uint32_t * dst = digits_of<D>(f, f.index(a, s, frame, h), mt) + (((iq/8*(D/32) + reg/4)*32 + iq%8*4 + tt)*4 + reg%4);
-        *(uint2 *) dst = make_uint2(upper, lower);
+    if (overlap) {
+        ggml_cuda_pdl_sync();
     }
 }
 
@@ -225,66 +293,38 @@ template <int D> struct decode_smem {
     float gain_v[NB*TILE];
     float max_v[NB*2];
     float max_s[WARPS*8];
-    int   offset[TILE];
-    int   origin[TILE]; // -1: not attended to
+    __align__(8) int cell[TILE]; // offset | tokens that attend to it << 8
+    int   origin[TILE];          // -1: not attended to
     int   first[2], last[2], next;
 };
 
-// rows [j0, j0 + 64) of the cells of a head -> raw words, as they are aligned in memory
+// 64 rows of the cells of a head, n of them in use -> raw words, as they are aligned in memory. Half a warp a row.
 template <int RAW> SEQKV_FN void load_raw(uint32_t * raw, const char * cells, int64_t nb1, int size, int n) {
+    const int r0 = threadIdx.x/16, w0 = threadIdx.x%16;
     const int words = (size + 6)/4;
-    for (int i = threadIdx.x; i < TILE*words; i += THREADS) {
-        const int r = i/words, w = i - r*words;
-        const uintptr_t at  = (uintptr_t) (cells + r*nb1);
-        const uintptr_t src = (at & ~(uintptr_t) 3) + 4*w;
-        if (r < n && src < at + size) {
-            copy_async4(raw + r*RAW + w, (const void *) src);
-        }
-    }
-}
-
-// block at a byte of raw words -> 16 words of levels in stored order
-template <int bits, int graded> SEQKV_FN void unpack_raw(const uint32_t * raw, int byte, uint32_t & gain, uint32_t * out) {
-    const int at = byte + 1 + graded;
-    gain = raw[byte/4] >> 8*(byte%4);
-    if (graded && byte%4 == 3) {
-        gain = (gain & 255) | raw[byte/4 + 1] << 8;
-    }
-    const int shift = at%4*8;
-    uint32_t w[2*bits];
-    uint32_t x = raw[at/4];
+    for (int w = w0; w < words; w += 16) {
+        const char * at  = cells + r0*nb1 + 4*w;
+        uint32_t   * dst = raw + r0*RAW + w;
+        if (nb1 % 4 == 0 && n == TILE) {
+            const int skew = (int) (uintptr_t) at & 3;
+            at -= skew;
+            if (4*w - skew < size) {
 #pragma unroll
-    for (int i = 0; i < 2*bits; ++i) {
-        const uint32_t y = i < 2*bits - 1 || shift ? raw[at/4 + i + 1] : 0;
-        w[i] = __funnelshift_r(x, y, shift);
-        x = y;
-    }
-    seqkv_unpack_block<bits, graded>(w, out);
-}
-
-// One row's block: levels -> dst, factors of its groups -> factor[3]
-template <int bits, int graded> SEQKV_FN void decode_block(const uint32_t * raw, int byte, uint32_t * out, float (&factor)[3]) {
-    uint32_t gain;
-    unpack_raw<bits, graded>(raw, byte, gain, out);
-    if (graded) {
-        factor[0] = seqkv_gain_graded[gain       & 31]*seqkv_scale[bits + 2];
-        factor[1] = seqkv_gain_graded[gain >>  5 & 31]*seqkv_scale[bits];
-        factor[2] = seqkv_gain_graded[gain >> 10 & 31]*seqkv_scale[bits - 1];
-    } else {
-        factor[0] = factor[1] = factor[2] = seqkv_gain[gain & 255]*seqkv_scale[bits];
-    }
-}
-
-SEQKV_FN void decode_any(int bits, int graded, const uint32_t * raw, int byte, uint32_t * out, float (&factor)[3]) {
-    switch (bits << 1 | graded) {
-        case 2:  decode_block<1, 0>(raw, byte, out, factor); break;
-        case 3:  decode_block<1, 1>(raw, byte, out, factor); break;
-        case 4:  decode_block<2, 0>(raw, byte, out, factor); break;
-        case 5:  decode_block<2, 1>(raw, byte, out, factor); break;
-        case 6:  decode_block<3, 0>(raw, byte, out, factor); break;
-        case 7:  decode_block<3, 1>(raw, byte, out, factor); break;
-        case 8:  decode_block<4, 0>(raw, byte, out, factor); break;
-        default: decode_block<4, 1>(raw, byte, out, factor); break;
+                for (int r = 0; r < TILE; r += THREADS/16) {
+                    copy_async4(dst + r*RAW, at);
+                    at += (THREADS/16)*nb1;
+                }
+            }
+            continue;
+        }
+#pragma unroll 1
+        for (int r = 0; r < TILE; r += THREADS/16) {
+            const int skew = (int) (uintptr_t) at & 3; // 4*w does not change it
+            if (r + r0 < n && 4*w - skew < size) {
+                copy_async4(dst + r*RAW, at - skew);
+            }
+            at += (THREADS/16)*nb1;
+        }
     }
 }
 
@@ -295,84 +335,117 @@ SEQKV_FN int64_t part_index(const seqkv_view & a, const seqkv_parts & parts, int
 // Exact rows [j0, j0 + EXACT) of one KV head: plain float arithmetic
 template <int D, int MT>
 static __device__ void exact_part(const seqkv_view & a, const seqkv_parts & parts, float * smem, int s, int h, int j0, int part) {
+    constexpr int KD = D/WARP_SIZE, ND = (D + THREADS - 1)/THREADS, KR = EXACT/WARPS;
     const int nq = a.n_tokens*a.group;
     const int warp = threadIdx.x/WARP_SIZE, lane = threadIdx.x%WARP_SIZE;
     const int n = min(EXACT, a.n_virt - j0);
-    float * logit = smem;                 // (EXACT, nq)
-    float * max   = logit + EXACT*8*MT;   // (nq)
+    float * q     = smem;                 // (nq, D)
+    float * logit = q + 8*MT*D;           // (nq, EXACT): logits, then p
     const int32_t * meta = a.meta + (int64_t) s*a.n_virt + j0;
-    for (int r = warp; r < EXACT; r += WARPS) {
-        const bool used = r < n && meta[r] >= 0;
-        float k[D/WARP_SIZE];
-        if (used) {
-            const half  * row = a.exact(s, j0 + r) + h*D;
-            const float * cs  = a.rot.origin(meta[r]);
+
+    // everything that is read, at once
+    for (int i = threadIdx.x; i < nq*(D/4); i += THREADS) {
+        const int iq = i/(D/4);
+        ((float4 *) q)[i] = ((const float4 *) a.query(s, iq/a.group, h*a.group + iq%a.group))[i%(D/4)];
+    }
+    float k[KR][KD], other[KR][KD];
+    float2 cs[KR][KD];
+    float v[ND][EXACT];
+    int32_t origin[KR];
+    int     seen[KR]; // tokens that attend to the row
 #pragma unroll
-            for (int c = 0; c < D/WARP_SIZE; ++c) {
-                const int i = c*WARP_SIZE + lane;
-                k[c] = __half2float(row[i]);
-                if (i < a.p.n_rot) {
-                    const int    half_rot = a.p.n_rot/2;
-                    const bool   second   = a.p.neox ? i >= half_rot : i & 1;
-                    const int    pair     = a.p.neox ? i - (second ? half_rot : 0) : i/2;
-                    const int    other    = a.p.neox ? (second ? i - half_rot : i + half_rot) : i ^ 1;
-                    const float2 rot      = ((const float2 *) cs)[pair];
-                    const float  y        = __half2float(row[other]);
-                    k[c] = second ? y*rot.y + k[c]*rot.x : k[c]*rot.x - y*rot.y;
-                }
-            }
+    for (int e = 0; e < KR; ++e) {
+        const int r = warp + e*WARPS;
+        origin[e] = r < n ? meta[r] : -1;
+        seen[e]   = 0;
+        for (int i = 0; i < a.n_tokens && r < n; ++i) {
+            seen[e] |= __half2float(a.mask_row(s, i)[j0 + r]) == 0.0f ? 1 << i : 0;
         }
-        for (int iq = 0; iq < nq; ++iq) {
-            float l = -INFINITY;
-            if (used && __half2float(a.mask_row(s, iq/a.group)[j0 + r]) == 0.0f) {
-                const float * q = a.query(s, iq/a.group, h*a.group + iq%a.group);
-                float dot = 0.0f;
+        const half * row = a.exact(s, min(j0 + r, a.n_virt - 1)) + h*D;
 #pragma unroll
-                for (int c = 0; c < D/WARP_SIZE; ++c) {
-                    dot += q[c*WARP_SIZE + lane]*k[c];
-                }
-                l = seqkv_logit(warp_reduce_sum(dot), a.p);
-            }
-            if (lane == 0) {
-                logit[r*nq + iq] = l;
-            }
+        for (int c = 0; c < KD; ++c) {
+            const int i = c*WARP_SIZE + lane, half_rot = a.p.n_rot/2;
+            k[e][c]     = __half2float(row[i]);
+            other[e][c] = i >= a.p.n_rot ? 0.0f : __half2float(row[a.p.neox ? (i >= half_rot ? i - half_rot : i + half_rot) : i ^ 1]);
         }
     }
-    __syncthreads();
-    if (threadIdx.x < nq) {
-        float m = -INFINITY, l = 0.0f;
-        for (int r = 0; r < n; ++r) {
-            m = fmaxf(m, logit[r*nq + threadIdx.x]);
-        }
-        for (int r = 0; r < n && m > -INFINITY; ++r) {
-            l += __expf(logit[r*nq + threadIdx.x] - m);
-        }
-        max[threadIdx.x] = m;
-        parts.ml[part_index(a, parts, s, h, threadIdx.x, part)] = make_float2(m, l);
-    }
-    __syncthreads();
-    for (int i = threadIdx.x; i < D; i += THREADS) {
-        float v[EXACT];
+#pragma unroll
+    for (int c = 0; c < ND; ++c) {
+        const int i = c*THREADS + threadIdx.x;
 #pragma unroll
         for (int r = 0; r < EXACT; ++r) {
-            v[r] = r < n && meta[r] >= 0 ? __half2float(a.exact(s, j0 + r)[a.p.n_head_kv*D + h*D + i]) : 0.0f;
+            v[c][r] = i < D && r < n ? __half2float(a.exact(s, j0 + r)[a.p.n_head_kv*D + h*D + i]) : 0.0f;
         }
-        for (int iq = 0; iq < nq; ++iq) {
-            float sum = 0.0f;
-            if (max[iq] > -INFINITY) {
+    }
 #pragma unroll
-                for (int r = 0; r < EXACT; ++r) {
-                    sum += r < n ? __expf(logit[r*nq + iq] - max[iq])*v[r] : 0.0f;
-                }
+    for (int e = 0; e < KR; ++e) {
+#pragma unroll
+        for (int c = 0; c < KD; ++c) {
+            const int i = c*WARP_SIZE + lane, half_rot = a.p.n_rot/2;
+            const int pair = a.p.neox ? (i >= half_rot ? i - half_rot : i) : i/2;
+            cs[e][c] = origin[e] < 0 || i >= a.p.n_rot ? make_float2(1.0f, 0.0f) : ((const float2 *) a.rot.origin(origin[e]))[pair];
+        }
+    }
+#pragma unroll
+    for (int e = 0; e < KR; ++e) {
+#pragma unroll
+        for (int c = 0; c < KD; ++c) {
+            const int  i      = c*WARP_SIZE + lane;
+            const bool second = a.p.neox ? i >= a.p.n_rot/2 : i & 1;
+            k[e][c] = k[e][c]*cs[e][c].x + (second ? other[e][c] : -other[e][c])*cs[e][c].y;
+        }
+    }
+    __syncthreads();
+    for (int iq = 0; iq < nq; ++iq) {
+        const int token = iq/a.group;
+#pragma unroll
+        for (int e = 0; e < KR; ++e) {
+            const int r = warp + e*WARPS;
+            float dot = 0.0f;
+#pragma unroll
+            for (int c = 0; c < KD; ++c) {
+                dot += q[iq*D + c*WARP_SIZE + lane]*k[e][c];
             }
-            parts.acc[part_index(a, parts, s, h, iq, part)*D + i] = sum;
+            dot = warp_reduce_sum(dot);
+            if (lane == 0) {
+                logit[iq*EXACT + r] = origin[e] >= 0 && (seen[e] >> token & 1) ? seqkv_logit(dot, a.p) : -INFINITY;
+            }
+        }
+    }
+    __syncthreads();
+    for (int iq0 = 0; iq0 < nq; iq0 += THREADS/EXACT) {
+        const int   iq = iq0 + threadIdx.x/EXACT;
+        const float x  = iq < nq ? logit[iq*EXACT + threadIdx.x%EXACT] : -INFINITY;
+        const float m = warp_reduce_max<EXACT>(x);
+        const float p = x == -INFINITY ? 0.0f : __expf(x - m);
+        const float l = warp_reduce_sum<EXACT>(p);
+        if (iq < nq) {
+            logit[iq*EXACT + threadIdx.x%EXACT] = p;
+        }
+        if (iq < nq && threadIdx.x%EXACT == 0) {
+            parts.ml[part_index(a, parts, s, h, iq, part)] = make_float2(m, l);
+        }
+    }
+    __syncthreads();
+    for (int iq = 0; iq < nq; ++iq) {
+        const int64_t at = part_index(a, parts, s, h, iq, part)*D;
+#pragma unroll
+        for (int c = 0; c < ND; ++c) {
+            float sum = 0.0f;
+#pragma unroll
+            for (int r = 0; r < EXACT; ++r) {
+                sum += logit[iq*EXACT + r]*v[c][r];
+            }
+            if (c*THREADS + threadIdx.x < D) {
+                parts.acc[at + c*THREADS + threadIdx.x] = sum;
+            }
         }
     }
 }
 
 // blockIdx: (part, KV head, stream). D: head_dim of keys and values, MT: tiles of 8 queries.
 template <int D, int MT>
-static __global__ void __launch_bounds__(THREADS) decode_kernel(seqkv_view a, frame_queries f, seqkv_parts parts) {
+static __global__ void __launch_bounds__(THREADS, MT == 1 && D <= 128 ? 5 : 1) decode_kernel(seqkv_view a, frame_queries f, seqkv_parts parts) {
     using smem_t = decode_smem<D>;
     constexpr int NB = smem_t::NB, LDK = smem_t::LDK, LDV = smem_t::LDV, LDP = smem_t::LDP, RAW = smem_t::RAW;
     constexpr int SLABS = (D + 127)/128;               // slabs of 32 dims of a warp
@@ -380,8 +453,11 @@ static __global__ void __launch_bounds__(THREADS) decode_kernel(seqkv_view a, fr
     extern __shared__ __align__(16) char smem_raw[];
     smem_t & sm = *(smem_t *) smem_raw;
     uint32_t * sm_q    = (uint32_t *) (smem_raw + (sizeof(smem_t) + 15)/16*16); // digits of one origin
-    float    * sm_pred = (float *) (sm_q + MT*D*4);                             // (8*MT, 72)
+    float    * sm_pred  = (float *) (sm_q + MT*D*4);                            // (8*MT, 72)
+    float    * sm_scale = sm_pred + 8*MT*72;                                    // (8*MT)
 
+    ggml_cuda_pdl_sync();
+    ggml_cuda_pdl_lc();
     const int h = blockIdx.y, s = blockIdx.z;
     if ((int) blockIdx.x >= parts.n_z) {
         exact_part<D, MT>(a, parts, (float *) smem_raw, s, h, a.p.n_kv + (blockIdx.x - parts.n_z)*EXACT, blockIdx.x);
@@ -395,7 +471,7 @@ static __global__ void __launch_bounds__(THREADS) decode_kernel(seqkv_view a, fr
     const int tile0 = (int64_t) blockIdx.x*n_tiles/parts.n_z, tile1 = (int64_t) (blockIdx.x + 1)*n_tiles/parts.n_z;
     const int32_t * meta = a.meta + (int64_t) s*a.n_virt;
 
-    for (int i = threadIdx.x; i < MT*D*4 + 8*MT*72; i += THREADS) {
+    for (int i = threadIdx.x; i < MT*D*4 + 8*MT*73; i += THREADS) {
         sm_q[i] = 0; // rows without a query stay 0
     }
     const auto load_tile = [&](int tile) {
@@ -403,17 +479,17 @@ static __global__ void __launch_bounds__(THREADS) decode_kernel(seqkv_view a, fr
         load_raw<RAW>(sm.raw_k, a.cell_k(s, (int64_t) tile*TILE, h), a.k_nb1, a.size_k, n);
         load_raw<RAW>(sm.raw_v, a.cell_v(s, (int64_t) tile*TILE, h), a.v_nb1, a.size_v, n);
     };
-    // cell of a tile for this thread: its meta, -1 if no query attends to it
+    // a cell of a tile for this thread: its meta, and which tokens attend to it
+    int32_t next_meta = -1, next_seen = 0;
     const auto load_meta = [&](int tile) {
         const int j = tile*TILE + threadIdx.x;
-        if (threadIdx.x >= TILE || tile >= tile1 || j >= a.p.n_kv) {
-            return -1;
+        next_seen = 0;
+        if (threadIdx.x < TILE && tile < tile1 && j < a.p.n_kv) {
+            next_meta = meta[j];
+            for (int i = 0; i < a.n_tokens; ++i) {
+                next_seen |= __half2float(a.mask_row(s, i)[j]) == 0.0f ? 1 << i : 0;
+            }
         }
-        bool any = false;
-        for (int i = 0; i < a.n_tokens; ++i) {
-            any |= __half2float(a.mask_row(s, i)[j]) == 0.0f;
-        }
-        return any ? meta[j] : -1;
     };
     const auto load_queries = [&](int origin) {
         const int64_t index = f.index(a, s, origin - SEQKV_FRAME, h);
@@ -422,6 +498,9 @@ static __global__ void __launch_bounds__(THREADS) decode_kernel(seqkv_view a, fr
             if (i/D*8 + i%32/4 < nq) {
                 copy_async16((uint4 *) sm_q + i, digits + i);
             }
+        }
+        if (threadIdx.x < 8*MT && threadIdx.x < nq) {
+            copy_async4(sm_scale + threadIdx.x, f.scale + index*8*MT + threadIdx.x);
         }
         if (dense) {
             for (int i = threadIdx.x; i < nq*16; i += THREADS) {
@@ -445,11 +524,11 @@ static __global__ void __launch_bounds__(THREADS) decode_kernel(seqkv_view a, fr
     if (tile0 < tile1) {
         load_tile(tile0);
     }
-    int32_t mt_next = load_meta(tile0);
+    load_meta(tile0);
     for (int tile = tile0; tile < tile1; ++tile) {
         if (threadIdx.x < TILE) {
-            const int origin = mt_next < 0 ? -1 : mt_next >> 8;
-            sm.offset[threadIdx.x] = mt_next & 63;
+            const int origin = next_seen == 0 ? -1 : next_meta >> 8;
+            sm.cell  [threadIdx.x] = (next_meta & 63) | (origin < 0 ? 0 : next_seen << 8);
             sm.origin[threadIdx.x] = origin;
             int first = origin < 0 ? INT_MAX : origin, last = origin;
             for (int i = 16; i > 0; i /= 2) {
@@ -465,9 +544,10 @@ static __global__ void __launch_bounds__(THREADS) decode_kernel(seqkv_view a, fr
         __syncthreads();
         int       origin = min(sm.first[0], sm.first[1]);
         const int last   = max(sm.last [0], sm.last [1]);
+        const bool one_origin = origin == last;
         if (last < 0) { // nothing attended to
             __syncthreads();
-            mt_next = load_meta(tile + 1);
+            load_meta(tile + 1);
             if (tile + 1 < tile1) {
                 load_tile(tile + 1);
             }
@@ -510,7 +590,7 @@ static __global__ void __launch_bounds__(THREADS) decode_kernel(seqkv_view a, fr
         }
         copy_wait();
         __syncthreads();
-        mt_next = load_meta(tile + 1);
+        load_meta(tile + 1);
         if (tile + 1 < tile1) {
             load_tile(tile + 1);
         }
@@ -522,11 +602,11 @@ static __global__ void __launch_bounds__(THREADS) decode_kernel(seqkv_view a, fr
             sc[i/4][i/2%2][i%2] = -INFINITY;
         }
         while (true) {
-            const float * scale = f.scale + f.index(a, s, origin - SEQKV_FRAME, h)*8*MT;
 #pragma unroll
             for (int i = 0; i < MT; ++i) {
                 const int   iq     = 8*i + g;
-                const float factor = iq < nq ? scale[iq] : 0.0f;
+                const float factor = sm_scale[iq];
+                const int   seen   = iq < nq ? 256 << iq/a.group : 0;
 #pragma unroll
                 for (int n = 0; n < 2; ++n) {
                     const int key = 16*warp + 8*n;
@@ -551,9 +631,10 @@ static __global__ void __launch_bounds__(THREADS) decode_kernel(seqkv_view a, fr
                     const float sum[2] = { sum0, sum1 };
 #pragma unroll
                     for (int e = 0; e < 2; ++e) {
-                        const int j = key + 2*t + e;
-                        if (iq < nq && sm.origin[j] == origin && __half2float(a.mask_row(s, iq/a.group)[tile*TILE + j]) == 0.0f) {
-                            sc[i][n][e] = seqkv_logit(factor*sum[e] + (dense ? sm_pred[iq*72 + sm.offset[j]] : 0.0f), a.p);
+                        const int j    = key + 2*t + e;
+                        const int cell = sm.cell[j];
+                        if ((cell & seen) && (one_origin || sm.origin[j] == origin)) {
+                            sc[i][n][e] = seqkv_logit(factor*sum[e] + (dense ? sm_pred[iq*72 + (cell & 63)] : 0.0f), a.p);
                         }
                     }
                 }
@@ -707,11 +788,11 @@ static __global__ void __launch_bounds__(THREADS) decode_kernel(seqkv_view a, fr
 }
 
 template <int D> static constexpr size_t decode_smem_bytes(int mt) {
-    return (sizeof(decode_smem<D>) + 15)/16*16 + mt*D*16 + 8*mt*72*sizeof(float);
+    return (sizeof(decode_smem<D>) + 15)/16*16 + mt*D*16 + 8*mt*73*sizeof(float);
 }
 
 template <int D, int MT>
-static void decode_case(ggml_backend_cuda_context & ctx, const ggml_tensor * dst) {
+static void decode_case(ggml_backend_cuda_context & ctx, const ggml_tensor * dst, const ggml_tensor * rows, bool overlap) {
     const seqkv_view a = seqkv_view_of(dst);
     cudaStream_t stream = ctx.stream();
 
@@ -725,21 +806,25 @@ static void decode_case(ggml_backend_cuda_context & ctx, const ggml_tensor * dst
     f.scale  = scale.get();
     f.pred   = pred.get();
 
-    constexpr size_t smem_q = query_smem(D);
+    const int nq = a.n_tokens*a.group;
+    const size_t     smem_q = query_smem(D, nq);
     constexpr size_t smem   = decode_smem_bytes<D>(MT);
-    static_assert((size_t) query_rows(D)*(D + 4)*4 <= smem_q, "the rotated queries make room for the transformed ones");
-    CUDA_SET_SHARED_MEMORY_LIMIT((queries_kernel<D>), smem_q);
+    static_assert(8*MT*(D + EXACT)*sizeof(float) <= smem, "exact rows work in the same memory");
+    CUDA_SET_SHARED_MEMORY_LIMIT((queries_kernel<D>), query_smem(D, 8*MAX_MT));
     CUDA_SET_SHARED_MEMORY_LIMIT((decode_kernel<D, MT>), smem);
 
-    const int rows = f.n_frames*a.n_tokens*a.group;
-    queries_kernel<D><<<dim3((rows + query_rows(D) - 1)/query_rows(D), a.p.n_head_kv, a.n_stream), query_rows(D)*2, smem_q, stream>>>(a, f, MT);
+    const int nsm    = ggml_cuda_info().devices[ctx.device].nsm;
+    const int frames = query_rows(D)/nq; // of a block at a time
+    const int groups = std::min((f.n_frames + frames - 1)/frames, std::max(1, 2*nsm/(a.p.n_head_kv*a.n_stream)));
+    ggml_cuda_kernel_launch(queries_kernel<D>, ggml_cuda_kernel_launch_params(dim3(groups, a.p.n_head_kv, a.n_stream), dim3(query_rows(D)*2), smem_q, stream),
+        a, f, MT, overlap);
 
     static int per_sm[GGML_CUDA_MAX_DEVICES] = { 0 };
     if (per_sm[ctx.device] == 0) {
         CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_sm[ctx.device], decode_kernel<D, MT>, THREADS, smem));
     }
     const int n_tiles = (a.p.n_kv + TILE - 1)/TILE;
-    const int blocks  = ggml_cuda_info().devices[ctx.device].nsm*std::max(1, per_sm[ctx.device]);
+    const int blocks  = nsm*std::max(1, per_sm[ctx.device]);
 
     seqkv_parts parts;
     parts.n_z      = std::max(1, std::min(n_tiles, blocks/(a.p.n_head_kv*a.n_stream)));
@@ -751,36 +836,43 @@ static void decode_case(ggml_backend_cuda_context & ctx, const ggml_tensor * dst
     parts.ml  = ml.get();
     parts.acc = acc.get();
 
-    decode_kernel<D, MT><<<dim3(parts.n_parts, a.p.n_head_kv, a.n_stream), THREADS, smem, stream>>>(a, f, parts);
-    seqkv_combine(ctx, a, parts);
+    ggml_cuda_kernel_launch(decode_kernel<D, MT>, ggml_cuda_kernel_launch_params(dim3(parts.n_parts, a.p.n_head_kv, a.n_stream), dim3(THREADS), smem, stream),
+        a, f, parts);
+    seqkv_combine(ctx, a, parts, rows);
 }
 
-template <int D> static void decode_tiles(ggml_backend_cuda_context & ctx, const ggml_tensor * dst, int n_queries) {
+template <int D> static void decode_tiles(ggml_backend_cuda_context & ctx, const ggml_tensor * dst, const ggml_tensor * rows, bool overlap, int n_queries) {
     if (n_queries <= 8) {
-        decode_case<D, 1>(ctx, dst);
+        decode_case<D, 1>(ctx, dst, rows, overlap);
     } else if (n_queries <= 16) {
-        decode_case<D, 2>(ctx, dst);
+        decode_case<D, 2>(ctx, dst, rows, overlap);
     } else {
-        decode_case<D, MAX_MT>(ctx, dst);
+        decode_case<D, MAX_MT>(ctx, dst, rows, overlap);
     }
 }
 
-void seqkv_decode(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
+void seqkv_decode(ggml_backend_cuda_context & ctx, ggml_tensor * dst, const ggml_tensor * rows, bool overlap) {
     const ggml_seqkv_params p = seqkv_params(dst);
     const int n_queries = (int) (dst->src[0]->ne[2]/dst->src[1]->ne[2]*dst->src[0]->ne[1]/p.n_head_kv);
     switch (p.dk) {
-        case 64:  decode_tiles< 64>(ctx, dst, n_queries); break;
-        case 128: decode_tiles<128>(ctx, dst, n_queries); break;
-        default:  decode_tiles<256>(ctx, dst, n_queries); break;
+        case 64:  decode_tiles< 64>(ctx, dst, rows, overlap, n_queries); break;
+        case 128: decode_tiles<128>(ctx, dst, rows, overlap, n_queries); break;
+        default:  decode_tiles<256>(ctx, dst, rows, overlap, n_queries); break;
     }
 }
 
-bool seqkv_decode_supported(int cc, const ggml_tensor * dst) {
+bool seqkv_decode_supported(int device, const ggml_tensor * dst) {
+    const auto & info = ggml_cuda_info().devices[device];
     const ggml_seqkv_params p = seqkv_params(dst);
     const ggml_tensor * q = dst->src[0];
     const ggml_tensor * k = dst->src[1];
     const ggml_tensor * v = dst->src[2];
     const int64_t n_queries = q->ne[2]/k->ne[2]*q->ne[1]/p.n_head_kv;
-    return turing_mma_available(cc) && p.dk == p.dv && (p.dk <= 128 || cc >= GGML_CUDA_CC_AMPERE) && n_queries <= 8*MAX_MT &&
-        ggml_seqkv_bits(k->type) && ggml_seqkv_bits(v->type) && !ggml_seqkv_graded(v->type) && p.n_kv > 0;
+    if (!turing_mma_available(info.cc) || p.dk != p.dv || n_queries > 8*MAX_MT || p.n_kv == 0 ||
+            !ggml_seqkv_bits(k->type) || !ggml_seqkv_bits(v->type) || ggml_seqkv_graded(v->type)) {
+        return false;
+    }
+    const int    mt   = n_queries <= 8 ? 1 : n_queries <= 16 ? 2 : MAX_MT;
+    const size_t smem = p.dk == 64 ? decode_smem_bytes<64>(mt) : p.dk == 128 ? decode_smem_bytes<128>(mt) : decode_smem_bytes<256>(mt);
+    return std::max(smem, (size_t) query_smem(p.dk, 8*MAX_MT)) <= info.smpbo;
 }

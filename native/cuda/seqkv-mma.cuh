@@ -8,7 +8,7 @@
 
 SEQKV_FN void mma_s8_8x8x16(int & c0, int & c1, uint32_t a, uint32_t b) {
 #if __CUDA_ARCH__ >= 750
-    asm volatile("mma.sync.aligned.m8n8k16.row.col.s32.s8.s8.s32 {%0, %1}, {%2}, {%3}, {%0, %1};" : "+r"(c0), "+r"(c1) : "r"(a), "r"(b));
+    asm("mma.sync.aligned.m8n8k16.row.col.s32.s8.s8.s32 {%0, %1}, {%2}, {%3}, {%0, %1};" : "+r"(c0), "+r"(c1) : "r"(a), "r"(b));
 #else
     GGML_UNUSED_VARS(c0, c1, a, b);
 #endif
@@ -17,7 +17,7 @@ SEQKV_FN void mma_s8_8x8x16(int & c0, int & c1, uint32_t a, uint32_t b) {
 // k = 16: a[0], a[1]
 SEQKV_FN void mma_s8_k16(int (&c)[4], const uint32_t * a, uint32_t b) {
 #if __CUDA_ARCH__ >= 800
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+    asm("mma.sync.aligned.m16n8k16.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
         : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3]) : "r"(a[0]), "r"(a[1]), "r"(b));
 #else
     mma_s8_8x8x16(c[0], c[1], a[0], b);
@@ -28,7 +28,7 @@ SEQKV_FN void mma_s8_k16(int (&c)[4], const uint32_t * a, uint32_t b) {
 // k = 32
 SEQKV_FN void mma_s8_k32(int (&c)[4], const uint32_t * a, uint32_t b0, uint32_t b1) {
 #if __CUDA_ARCH__ >= 800
-    asm volatile("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+    asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
         : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 #else
     mma_s8_k16(c, a, b0);
@@ -39,24 +39,26 @@ SEQKV_FN void mma_s8_k32(int (&c)[4], const uint32_t * a, uint32_t b0, uint32_t 
 // f16, k = 16
 SEQKV_FN void mma_f16(float (&c)[4], const uint32_t * a, uint32_t b0, uint32_t b1) {
 #if __CUDA_ARCH__ >= 800
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 #elif __CUDA_ARCH__ >= 750
-    asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a[0]), "r"(a[1]), "r"(b0));
-    asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a[2]), "r"(a[3]), "r"(b1));
 #else
     GGML_UNUSED_VARS(c, a, b0, b1);
 #endif
 }
 
-// B fragment (16, 8) from rows of k in shared memory: lane l < 16 gives the address of row l, 16-byte aligned
-SEQKV_FN void load_b_transposed(uint32_t & b0, uint32_t & b1, const half * row) {
+// B fragments of columns 0..7 (b[0], b[1]) and 8..15 (b[2], b[3]) from 16 rows of k in shared memory: lane l gives the address of
+// row l%16, column l/16*8, 16-byte aligned
+SEQKV_FN void load_b_transposed(uint32_t * b, const half * row) {
 #if __CUDA_ARCH__ >= 750
-    asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];" : "=r"(b0), "=r"(b1) : "r"((uint32_t) __cvta_generic_to_shared(row)));
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+        : "=r"(b[0]), "=r"(b[1]), "=r"(b[2]), "=r"(b[3]) : "r"((uint32_t) __cvta_generic_to_shared(row)));
 #else
-    GGML_UNUSED_VARS(b0, b1, row);
+    GGML_UNUSED_VARS(b, row);
 #endif
 }
 
@@ -88,4 +90,11 @@ SEQKV_FN void copy_wait() {
 #if __CUDA_ARCH__ >= 800
     asm volatile("cp.async.wait_all;" ::: "memory");
 #endif
+}
+
+// Entries (n, k .. k + 7) of the Hadamard matrix of +-1, as f16; k a multiple of 8
+SEQKV_FN uint4 hadamard8(int n, int k) {
+    const uint32_t base = 0x3c003c00 ^ ((n & 1) << 31) ^ (__popc(n & k) & 1 ? 0x80008000 : 0);
+    const uint32_t w1   = n & 2 ? 0x80008000 : 0, w2 = n & 4 ? 0x80008000 : 0;
+    return make_uint4(base, base ^ w1, base ^ w2, base ^ w1 ^ w2);
 }

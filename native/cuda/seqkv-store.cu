@@ -72,17 +72,34 @@ struct encode_scratch {
     float4 error[SEQKV_BLOCK][3];
 };
 
+// Tables of a block's groups in shared memory
+struct encode_tables {
+    uint32_t nearest[3][512];
+    int8_t   level[3][128];
+
+    __device__ __forceinline__ void load(int bits, int graded) {
+        for (int k = 0; k < (graded ? 3 : 1); ++k) {
+            const int B = seqkv_value_bits(bits, graded, k);
+            for (int i = threadIdx.x; i < 512 && B > 0; i += blockDim.x) {
+                nearest[k][i] = nearest_table(B)[i];
+            }
+            for (int i = threadIdx.x; i < 2 << B && B > 0; i += blockDim.x) {
+                level[k][i] = seqkv_level_table(B)[i];
+            }
+        }
+    }
+};
+
 // A group: n values z in shared memory, B bits each, by one warp. Returns the gain as stored; code: that of value i in lane i%32, element i/32.
-static __device__ int encode_group(int B, int graded, const float * z, int n, encode_scratch & scratch, uint32_t (&code)[2]) {
+static __device__ int encode_group(int B, int graded, const uint32_t * nearest, const int8_t * level, const float * z, int n, encode_scratch & scratch, uint32_t (&code)[2]) {
     const int lane  = threadIdx.x % WARP_SIZE;
     const int cand  = min(lane/8, 2); // lanes 24 .. 31 repeat the last candidate
     const int state = lane % 8;
 
-    const uint32_t * nearest = nearest_table(B);
-    const float    * gain    = graded ? seqkv_gain_graded : seqkv_gain;
-    const float      steps   = graded ? SEQKV_GRADED_STEPS : SEQKV_GAIN_STEPS;
-    const int        bias    = graded ? SEQKV_GRADED_BIAS  : SEQKV_GAIN_BIAS;
-    const int        top     = graded ? 31 : 255;
+    const float * gain  = graded ? seqkv_gain_graded : seqkv_gain;
+    const float   steps = graded ? SEQKV_GRADED_STEPS : SEQKV_GAIN_STEPS;
+    const int     bias  = graded ? SEQKV_GRADED_BIAS  : SEQKV_GAIN_BIAS;
+    const int     top   = graded ? 31 : 255;
 
     float energy = 0.0f;
     for (int i = lane; i < n; i += WARP_SIZE) {
@@ -163,7 +180,6 @@ static __device__ int encode_group(int B, int graded, const float * z, int n, en
     const int      taken = __shfl_sync(0xffffffff, g, 8*from);
     const float    scale = __shfl_sync(0xffffffff, inv, 8*from);
 
-    const int8_t * level = seqkv_level_table(B);
     for (int k = 0; k < 2; ++k) {
         const int i = 32*k + lane;
         if (i < n) {
@@ -198,7 +214,7 @@ SEQKV_FN void write_planes(int bits, int graded, int B, int i0, int n, const uin
 }
 
 // d/64 blocks of z (shared memory) -> dst, by all warps of the block
-static __device__ void encode_head(int bits, int graded, float * z, int d, encode_scratch * scratch, uint8_t * dst) {
+static __device__ void encode_head(int bits, int graded, const encode_tables & tables, float * z, int d, encode_scratch * scratch, uint8_t * dst) {
     for (int i = threadIdx.x; i < d; i += blockDim.x) {
         const float x = isfinite(z[i]) ? z[i] : 0.0f;
         z[i] = fmaxf(-1e15f, fminf(1e15f, x));
@@ -220,7 +236,7 @@ static __device__ void encode_head(int bits, int graded, float * z, int d, encod
         const int B  = seqkv_value_bits(bits, graded, k);
         uint32_t code[2];
         if (B > 0) {
-            const int gain = encode_group(B, graded, z + b*SEQKV_BLOCK + i0, n, scratch[warp], code);
+            const int gain = encode_group(B, graded, tables.nearest[k], tables.level[k], z + b*SEQKV_BLOCK + i0, n, scratch[warp], code);
             write_planes(bits, graded, B, i0, n, code, dst + b*size);
             if (threadIdx.x%WARP_SIZE == 0) {
                 gains[b][k] = gain;
@@ -293,56 +309,82 @@ static store_part store_part_of(const ggml_tensor * dst) {
     return part;
 }
 
-// One head vector of a token to the domain of its cell, and into it. x: its frame row's values (d), z: scratch, both in shared memory
-static __device__ void store_head(const store_part & a, const ggml_seqkv_params & p, int h, int32_t offset, float * x, float * z,
-        encode_scratch * scratch, char * out) {
-    const int d = a.is_key ? p.dk : p.dv;
-    const int lane = threadIdx.x % WARP_SIZE;
-    if (a.form == SEQKV_DENSE) {
-        const half * enc  = a.tables.enc(h);
-        const half * pred = a.tables.pred(h) + offset*d;
-        __syncthreads();
-        // a row of E is read by 8 lanes
-        for (int r = threadIdx.x/8; r < d; r += blockDim.x/8) {
-            float sum = 0.0f;
-            for (int i = 8*(threadIdx.x%8); i < d; i += 64) {
-                const float4 raw = *(const float4 *) (enc + r*d + i);
-                const half2 * e = (const half2 *) &raw;
+// z = E x - pred by STORE_WARPS warps, 8 lanes a row of E. Reading E is a step of its own, for what it does not depend on.
+template <int D> struct dense_transform {
+    static constexpr int N = D/64, ROWS = STORE_WARPS*WARP_SIZE/8, PASSES = D/ROWS, HELD = N*PASSES <= 8 ? PASSES : 2;
+    uint4 e[HELD][N];
+
+    __device__ __forceinline__ void load(const half * enc, int pass) {
 #pragma unroll
-                for (int j = 0; j < 4; ++j) {
-                    const float2 f = __half22float2(e[j]);
-                    sum += f.x*x[i + 2*j] + f.y*x[i + 2*j + 1];
+        for (int p = 0; p < HELD; ++p) {
+#pragma unroll
+            for (int n = 0; n < N; ++n) {
+                e[p][n] = *(const uint4 *) (enc + (threadIdx.x/8 + ROWS*(pass + p))*D + 64*n + 8*(threadIdx.x%8));
+            }
+        }
+    }
+    // after load(enc, 0); x, z in shared memory
+    __device__ __forceinline__ void apply(const half * enc, const half * pred, const float * x, float * z) {
+        for (int pass = 0; pass < PASSES; pass += HELD) {
+            if (pass > 0) {
+                load(enc, pass);
+            }
+#pragma unroll
+            for (int p = 0; p < HELD; ++p) {
+                float sum = 0.0f;
+#pragma unroll
+                for (int n = 0; n < N; ++n) {
+                    const float * xn = x + 64*n + 8*(threadIdx.x%8);
+#pragma unroll
+                    for (int j = 0; j < 4; ++j) {
+                        const float2 f = __half22float2(((const half2 *) &e[p][n])[j]);
+                        sum += f.x*xn[2*j] + f.y*xn[2*j + 1];
+                    }
                 }
-            }
-            for (int m = 1; m < 8; m *= 2) {
-                sum += __shfl_xor_sync(0xffffffff, sum, m);
-            }
-            if (lane%8 == 0) {
-                z[r] = sum - __half2float(pred[r]);
+                for (int m = 1; m < 8; m *= 2) {
+                    sum += __shfl_xor_sync(0xffffffff, sum, m);
+                }
+                const int r = threadIdx.x/8 + ROWS*(pass + p);
+                if (threadIdx.x%8 == 0) {
+                    z[r] = sum - __half2float(pred[r]);
+                }
             }
         }
         __syncthreads();
+    }
+};
+
+// One head vector of a token to the domain of its cell, and into it. x: its frame row's values (d), z: scratch, both in shared memory
+template <int D>
+static __device__ void store_head(const store_part & a, int h, int32_t offset, float * x, float * z, encode_scratch * scratch, const encode_tables & tables,
+        char * out, dense_transform<D> & dense) {
+    if (a.form == SEQKV_DENSE) {
+        __syncthreads();
+        dense.apply(a.tables.enc(h), a.tables.pred(h) + offset*D, x, z);
         x = z;
     } else if (a.form == SEQKV_HADAMARD) {
         if (a.bits && !a.is_key && a.tables.prof) {
-            for (int i = threadIdx.x; i < d; i += blockDim.x) {
+            for (int i = threadIdx.x; i < D; i += blockDim.x) {
                 x[i] = __half2float(a.tables.v_scale(h)[i])*(x[i] - __half2float(a.tables.v_mean(h)[i]));
             }
         }
-        seqkv_fwht_shared(x, d, threadIdx.x, blockDim.x);
+        seqkv_fwht_shared(x, D, threadIdx.x, blockDim.x);
     } else {
         __syncthreads();
     }
     if (a.bits) {
-        encode_head(a.bits, a.graded, x, d, scratch, (uint8_t *) out);
+        encode_head(a.bits, a.graded, tables, x, D, scratch, (uint8_t *) out);
     } else {
-        write_other(a.type, x, d, out);
+        write_other(a.type, x, D, out);
     }
 }
 
+// blockIdx: (token, KV head)
+template <int D>
 static __global__ void __launch_bounds__(STORE_WARPS*WARP_SIZE) seqkv_store_kernel(store_part part, const half * cur, seqkv_meta meta, ggml_seqkv_params p) {
-    __shared__ float x[SEQKV_MAX_HEAD], z[SEQKV_MAX_HEAD];
+    __shared__ float x[D], z[D];
     __shared__ encode_scratch scratch[STORE_WARPS];
+    __shared__ encode_tables  tables;
 
     const int t = blockIdx.x;
     const int h = blockIdx.y;
@@ -350,12 +392,52 @@ static __global__ void __launch_bounds__(STORE_WARPS*WARP_SIZE) seqkv_store_kern
     if (cell < 0) {
         return;
     }
-    const int d = part.is_key ? p.dk : p.dv;
-    const half * row = cur + (int64_t) t*p.n_head_kv*(p.dk + p.dv) + (part.is_key ? 0 : p.n_head_kv*p.dk) + h*d;
-    for (int i = threadIdx.x; i < d; i += blockDim.x) {
+    dense_transform<D> dense;
+    if (part.form == SEQKV_DENSE) {
+        dense.load(part.tables.enc(h), 0);
+    }
+    if (part.bits) {
+        tables.load(part.bits, part.graded);
+    }
+    const half * row = cur + (int64_t) t*p.n_head_kv*(p.dk + p.dv) + (part.is_key ? 0 : p.n_head_kv*p.dk) + h*D;
+    for (int i = threadIdx.x; i < D; i += blockDim.x) {
         x[i] = __half2float(row[i]);
     }
-    store_head(part, p, h, meta.token(t) & 255, x, z, scratch, part.dst + cell*part.nb1 + h*part.head_size);
+    store_head<D>(part, h, meta.token(t) & 255, x, z, scratch, tables, part.dst + cell*part.nb1 + h*part.head_size, dense);
+}
+
+// FRAME and both its STOREs. blockIdx: (token, KV head, key or value)
+template <int D>
+static __global__ void __launch_bounds__(STORE_WARPS*WARP_SIZE) seqkv_write_kernel(store_part part_k, store_part part_v, const char * k, const char * v, half * rows,
+        seqkv_meta meta, seqkv_rot rot, ggml_seqkv_params p, int64_t k_nb1, int64_t k_nb2, int64_t v_nb1, int64_t v_nb2) {
+    __shared__ float x[D], z[D];
+    __shared__ encode_scratch scratch[STORE_WARPS];
+    __shared__ encode_tables  tables;
+
+    const int t = blockIdx.x;
+    const int h = blockIdx.y;
+    const store_part & part = blockIdx.z == 0 ? part_k : part_v;
+    dense_transform<D> dense;
+    if (part.form == SEQKV_DENSE) {
+        dense.load(part.tables.enc(h), 0);
+    }
+    if (part.bits) {
+        tables.load(part.bits, part.graded);
+    }
+    ggml_cuda_pdl_sync();
+    ggml_cuda_pdl_lc(); // after the former: who comes next may read what was there before this kernel
+    const int64_t cell = part.idxs[t];
+    const int32_t mt   = meta.token(t);
+    const float * src  = (const float *) (blockIdx.z == 0 ? k + h*k_nb1 + t*k_nb2 : v + h*v_nb1 + t*v_nb2);
+    half        * row  = rows + (int64_t) t*p.n_head_kv*2*D + (blockIdx.z*p.n_head_kv + h)*D;
+    for (int i = threadIdx.x; i < D; i += blockDim.x) {
+        const half y = __float2half(blockIdx.z == 0 ? seqkv_rotated(src, i, rot.origin(mt), p.n_rot, p.neox, 1) : src[i]);
+        row[i] = y;
+        x[i]   = __half2float(y);
+    }
+    if (cell >= 0) {
+        store_head<D>(part, h, mt & 255, x, z, scratch, tables, part.dst + cell*part.nb1 + h*part.head_size, dense);
+    }
 }
 
 static __global__ void seqkv_store_row_kernel(char * dst, const half * cur, const int64_t * idxs, int width, int64_t nb1) {
@@ -381,6 +463,95 @@ void ggml_cuda_seqkv_store(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
             (const int64_t *) dst->src[1]->data, (int) cur->ne[0], dst->nb[1]);
         return;
     }
-    seqkv_store_kernel<<<dim3(cur->ne[1], p.n_head_kv), STORE_WARPS*WARP_SIZE, 0, ctx.stream()>>>(store_part_of(dst),
-        (const half *) cur->data, seqkv_meta_of(dst->src[3], p), p);
+    const auto part = store_part_of(dst);
+    const auto meta = seqkv_meta_of(dst->src[3], p);
+    const dim3 grid(cur->ne[1], p.n_head_kv), block(STORE_WARPS*WARP_SIZE);
+    switch (part.is_key ? p.dk : p.dv) {
+        case 64:  seqkv_store_kernel< 64><<<grid, block, 0, ctx.stream()>>>(part, (const half *) cur->data, meta, p); break;
+        case 128: seqkv_store_kernel<128><<<grid, block, 0, ctx.stream()>>>(part, (const half *) cur->data, meta, p); break;
+        default:  seqkv_store_kernel<256><<<grid, block, 0, ctx.stream()>>>(part, (const half *) cur->data, meta, p); break;
+    }
+}
+
+static bool is_view(const ggml_tensor * t) {
+    return t->op == GGML_OP_RESHAPE || t->op == GGML_OP_VIEW || t->op == GGML_OP_NONE;
+}
+
+// FRAME at node i, STORE of keys and of values, with nothing but views between. Returns the last one, 0: not these.
+static int match_write(const ggml_cgraph * graph, int i, const ggml_tensor * (&parts)[2]) {
+    const ggml_tensor * frame = graph->nodes[i];
+    if (frame->op != GGML_OP_SEQKV_FRAME || frame->ne[1] == 0 || seqkv_params(frame).dk != seqkv_params(frame).dv) {
+        return 0;
+    }
+    int n = 0;
+    for (int j = i + 1; j < graph->n_nodes; ++j) {
+        const ggml_tensor * t = graph->nodes[j];
+        if (is_view(t)) {
+            continue;
+        }
+        if (t->op != GGML_OP_SEQKV_STORE || t->src[0] != frame || seqkv_params(t).part != (n == 0 ? GGML_SEQKV_KEY : GGML_SEQKV_VALUE)) {
+            return 0;
+        }
+        parts[n++] = t;
+        if (n == 2) {
+            return j;
+        }
+    }
+    return 0;
+}
+
+// these in one launch
+static int fuse_write(ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, int i) {
+    const ggml_tensor * frame    = graph->nodes[i];
+    const ggml_tensor * parts[2] = { nullptr, nullptr };
+    const int last = match_write(graph, i, parts);
+    const ggml_seqkv_params p = seqkv_params(frame);
+    if (last == 0) {
+        return 0;
+    }
+    const ggml_tensor * k = frame->src[0];
+    const ggml_tensor * v = frame->src[1];
+    const auto launch = [&](auto kernel) {
+        ggml_cuda_kernel_launch(kernel, ggml_cuda_kernel_launch_params(dim3(frame->ne[1], p.n_head_kv, 2), dim3(STORE_WARPS*WARP_SIZE), 0, ctx.stream()),
+            store_part_of(parts[0]), store_part_of(parts[1]), (const char *) k->data, (const char *) v->data, (half *) frame->data,
+            seqkv_meta_of(frame->src[2], p), seqkv_rot_of(frame->src[3], p), p,
+            (int64_t) k->nb[1], (int64_t) k->nb[2], (int64_t) v->nb[1], (int64_t) v->nb[2]);
+    };
+    switch (p.dk) {
+        case 64:  launch(seqkv_write_kernel< 64>); break;
+        case 128: launch(seqkv_write_kernel<128>); break;
+        default:  launch(seqkv_write_kernel<256>); break;
+    }
+    return last - i;
+}
+
+int ggml_cuda_seqkv_fuse(ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, int i) {
+    const ggml_tensor * node = graph->nodes[i];
+    if (node->op == GGML_OP_SEQKV_FRAME) {
+        return fuse_write(ctx, graph, i);
+    }
+    // attention, then the window's rows: the last kernel of the one copies these
+    if (node->op == GGML_OP_SEQKV_ATTN && ggml_nelements(node) > 0) {
+        int j = i + 1;
+        while (j < graph->n_nodes && is_view(graph->nodes[j])) {
+            ++j;
+        }
+        if (j < graph->n_nodes && graph->nodes[j]->op == GGML_OP_SEQKV_STORE && seqkv_params(graph->nodes[j]).part == GGML_SEQKV_ROW &&
+                graph->nodes[j]->src[0] == node->src[6]) {
+            // did the write come just before?
+            int w = i - 1;
+            while (w > 0 && (is_view(graph->nodes[w]) || graph->nodes[w]->op == GGML_OP_SEQKV_STORE)) {
+                --w;
+            }
+            const ggml_tensor * parts[2];
+            const int  last    = w >= 0 ? match_write(graph, w, parts) : 0;
+            bool overlap = last > 0 && ctx.stream_context().concurrent_events.empty();
+            for (int k = last + 1; k < i; ++k) {
+                overlap = overlap && is_view(graph->nodes[k]);
+            }
+            ggml_cuda_seqkv_attn(ctx, graph->nodes[i], graph->nodes[j], overlap);
+            return j - i;
+        }
+    }
+    return 0;
 }
