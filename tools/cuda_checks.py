@@ -35,9 +35,14 @@ SANITIZED = (
 )
 
 
+def shown(command: list[str]) -> str:
+    """A command as it is recorded: programs by name, not by where they lie on this machine."""
+    return shlex.join([Path(word).name if word.startswith("/") and os.access(word, os.X_OK) else word for word in command])
+
+
 def run(command: list[str], timeout: float = 1800, **env: str) -> tuple[int, str]:
     """Exit status and output of a command; -1 if it ran out of time."""
-    print("$", shlex.join(command), flush=True)
+    print("$", shown(command), flush=True)
     try:
         done = subprocess.run(
             command, cwd=ROOT, env=os.environ | env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=timeout, check=False
@@ -50,7 +55,7 @@ def run(command: list[str], timeout: float = 1800, **env: str) -> tuple[int, str
 def build(args: argparse.Namespace) -> dict[str, Any]:
     command = [sys.executable, "-m", "pip", "install", "-e", ".[test]"]
     status, text = run(command, timeout=7200, CMAKE_ARGS="-DGGML_CUDA=ON -DSEQKV_BUILD_TESTS=ON")
-    return {"ok": status == 0, "command": "CMAKE_ARGS='-DGGML_CUDA=ON -DSEQKV_BUILD_TESTS=ON' " + shlex.join(command), "tail": text[-500:] if status else ""}
+    return {"ok": status == 0, "command": "CMAKE_ARGS='-DGGML_CUDA=ON -DSEQKV_BUILD_TESTS=ON' " + shown(command), "tail": text[-500:] if status else ""}
 
 
 def binary_of(args: argparse.Namespace) -> str:
@@ -68,7 +73,7 @@ def ops(args: argparse.Namespace) -> dict[str, Any]:
         count = re.search(r"(\d+)/(\d+) tests passed", text)
         passed, total = map(int, count.groups()) if count else (0, 0)
         ok = status == 0 and passed == total >= least and "not supported" not in text
-        result[op] = {"passed": passed, "total": total, "ok": ok, "command": shlex.join(command)}
+        result[op] = {"passed": passed, "total": total, "ok": ok, "command": shown(command)}
         result["ok"] &= ok
     return result
 
@@ -79,7 +84,7 @@ def sanitizer(args: argparse.Namespace) -> dict[str, Any]:
     count = re.search(r"(\d+)/(\d+) tests passed", text)
     errors = re.search(r"ERROR SUMMARY: (\d+) error", text)
     ok = status == 0 and errors is not None and errors[1] == "0" and count is not None and int(count[1]) == int(count[2]) > 0
-    return {"ok": ok, "errors": int(errors[1]) if errors else None, "cases": int(count[2]) if count else 0, "command": shlex.join(command)}
+    return {"ok": ok, "errors": int(errors[1]) if errors else None, "cases": int(count[2]) if count else 0, "command": shown(command)}
 
 
 def bench(arguments: list[str]) -> tuple[Any, str]:
@@ -90,7 +95,7 @@ def bench(arguments: list[str]) -> tuple[Any, str]:
         status, text = run([*command, "--json", str(path)], timeout=7200)
         if status:
             print(text[-2000:], flush=True)
-        return (json.loads(path.read_text()) if status == 0 else None), shlex.join(["python", *command[1:]])
+        return (json.loads(path.read_text()) if status == 0 else None), shown(["python", *command[1:]])
 
 
 def quality(args: argparse.Namespace) -> dict[str, Any]:

@@ -61,6 +61,14 @@ static __global__ void __launch_bounds__(query_rows(D)*2) queries_kernel(seqkv_v
     const int warp = threadIdx.x/WARP_SIZE, lane = threadIdx.x%WARP_SIZE, g = lane/4, t = lane%4;
     const bool dense = a.form_k == SEQKV_DENSE;
 
+    // where a row's results go, counted from the block's first frame: words of digits, rows of pred and scale
+    __shared__ int row_digits[ROWS], row_query[ROWS];
+    for (int r = threadIdx.x; r < ROWS; r += NT) {
+        const int frame = r/nq, iq = r%nq;
+        row_digits[r] = frame*a.p.n_head_kv*mt*D*4 + (iq/8*D + iq%8*4)*4;
+        row_query [r] = frame*a.p.n_head_kv*mt*8 + iq;
+    }
+
     const auto load_chunk = [&](int k0) {
 #pragma unroll 8
         for (int i = threadIdx.x; i < CHUNK*D/8; i += NT) {
@@ -122,13 +130,18 @@ static __global__ void __launch_bounds__(query_rows(D)*2) queries_kernel(seqkv_v
                     const int2 at = pair < a.p.n_rot/2 ? seqkv_pair(pair, a.p.n_rot, a.p.neox) : make_int2(2*pair, 2*pair + 1);
                     for (int iq = 0; iq < nq; ++iq) {
                         const float x = q[iq*D + at.x], y = q[iq*D + at.y];
-                        const float u = x*cs[i].x + y*cs[i].y, v = y*cs[i].x - x*cs[i].y;
-                        const half  hu = __float2half(u), hv = __float2half(v);
                         const int   r = (frame*nq + iq)*LD;
-                        hi[r + at.x] = hu;
-                        hi[r + at.y] = hv;
-                        lo[r + at.x] = __float2half(u - __half2float(hu));
-                        lo[r + at.y] = __float2half(v - __half2float(hv));
+                        uint32_t h2, l2;
+                        split_f16(x*cs[i].x + y*cs[i].y, y*cs[i].x - x*cs[i].y, h2, l2);
+                        if (at.y == at.x + 1) {
+                            *(uint32_t *) (hi + r + at.x) = h2;
+                            *(uint32_t *) (lo + r + at.x) = l2;
+                        } else {
+                            ((uint16_t *) hi)[r + at.x] = (uint16_t) h2;
+                            ((uint16_t *) hi)[r + at.y] = (uint16_t) (h2 >> 16);
+                            ((uint16_t *) lo)[r + at.x] = (uint16_t) l2;
+                            ((uint16_t *) lo)[r + at.y] = (uint16_t) (l2 >> 16);
+                        }
                     }
                 }
             }
@@ -218,8 +231,7 @@ static __global__ void __launch_bounds__(query_rows(D)*2) queries_kernel(seqkv_v
             for (int e = 0; e < 2; ++e) {
                 const int r = 16*warp + g + 8*e;
                 if (r < n_rows) {
-                    const int frame = frame0 + r/nq, iq = r%nq;
-                    float * dst = f.pred + (f.index(a, s, frame, h)*8*mt + iq)*SEQKV_FRAME;
+                    float * dst = f.pred + (f.index(a, s, frame0, h)*8*mt + row_query[r])*SEQKV_FRAME;
 #pragma unroll
                     for (int n = 0; n < 8; ++n) {
                         *(float2 *) (dst + 8*n + 2*t) = make_float2(sum[n][2*e], sum[n][2*e + 1]);
@@ -242,7 +254,7 @@ static __global__ void __launch_bounds__(query_rows(D)*2) queries_kernel(seqkv_v
             inv[e] = max > 0.0f ? DIGITS/max : 0.0f;
             const int r = 16*warp + g + 8*e;
             if (t == 0 && r < n_rows) {
-                f.scale[f.index(a, s, frame0 + r/nq, h)*8*mt + r%nq] = max/DIGITS;
+                f.scale[f.index(a, s, frame0, h)*8*mt + row_query[r]] = max/DIGITS;
             }
 #pragma unroll
             for (int n = 0; n < D/8; ++n) {
@@ -250,22 +262,20 @@ static __global__ void __launch_bounds__(query_rows(D)*2) queries_kernel(seqkv_v
             }
         }
         __syncthreads();
-        for (int i = threadIdx.x; i < ROWS*(D/4); i += NT) {
-            const int r = i/(D/4), run = i%(D/4)/4, tt = i%4;
-            if (r >= n_rows) {
-                break;
-            }
+        const int   run = threadIdx.x%(D/4)/4, tt = threadIdx.x%4;
+        uint32_t  * dst = digits_of<D>(f, f.index(a, s, frame0, h), mt) + (run/2*32 + tt)*4 + run%2*2;
+        const float * from = out + 16*run + tt;
+#pragma unroll 4
+        for (int r = threadIdx.x/(D/4); r < n_rows; r += NT/(D/4)) {
             uint32_t upper = 0, lower = 0;
 #pragma unroll
             for (int j = 0; j < 4; ++j) {
-                const int x = __float2int_rn(out[r*(D + 4) + 16*run + 4*j + tt]);
+                const int x = __float2int_rn(from[r*(D + 4) + 4*j]);
                 const int u = (x + 64) >> 7;
                 upper |= (uint32_t) (u & 255) << 8*j;
                 lower |= (uint32_t) ((x - 128*u) & 255) << 8*j;
             }
-            const int frame = frame0 + r/nq, iq = r%nq, reg = 2*run;
-            uint32_t * dst = digits_of<D>(f, f.index(a, s, frame, h), mt) + (((iq/8*(D/32) + reg/4)*32 + iq%8*4 + tt)*4 + reg%4);
-            *(uint2 *) dst = make_uint2(upper, lower);
+            *(uint2 *) (dst + row_digits[r]) = make_uint2(upper, lower);
         }
         __syncthreads();
     }
@@ -445,7 +455,7 @@ static __device__ void exact_part(const seqkv_view & a, const seqkv_parts & part
 
 // blockIdx: (part, KV head, stream). D: head_dim of keys and values, MT: tiles of 8 queries.
 template <int D, int MT>
-static __global__ void __launch_bounds__(THREADS, MT == 1 && D <= 128 ? 5 : 1) decode_kernel(seqkv_view a, frame_queries f, seqkv_parts parts) {
+static __global__ void __launch_bounds__(THREADS, MT == 1 && D <= 128 ? 6 : 1) decode_kernel(seqkv_view a, frame_queries f, seqkv_parts parts) {
     using smem_t = decode_smem<D>;
     constexpr int NB = smem_t::NB, LDK = smem_t::LDK, LDV = smem_t::LDV, LDP = smem_t::LDP, RAW = smem_t::RAW;
     constexpr int SLABS = (D + 127)/128;               // slabs of 32 dims of a warp

@@ -106,6 +106,21 @@ static __device__ void transform_rows(const half * m, const half * z, half * chu
     __syncthreads();
 }
 
+SEQKV_FN float4 unpack4(const half * x) {
+    const uint2  u = *(const uint2 *) x;
+    const float2 a = __half22float2(*(const half2 *) &u.x), b = __half22float2(*(const half2 *) &u.y);
+    return make_float4(a.x, a.y, b.x, b.y);
+}
+SEQKV_FN uint2 pack4(float4 x) {
+    const half2 a = __floats2half2_rn(x.x, x.y), b = __floats2half2_rn(x.z, x.w);
+    return make_uint2(*(const uint32_t *) &a, *(const uint32_t *) &b);
+}
+
+// values k .. k + 3 of the key of row j before the last rotation. z, out: the row in its own domain, transformed
+template <int D> SEQKV_FN float4 key_values(const seqkv_view & a, int s, int h, int j, const half * z, const float * out, int k) {
+    return j >= a.p.n_kv ? unpack4(a.exact(s, j) + h*D + k) : a.form_k == SEQKV_PLAIN ? unpack4(z + k) : *(const float4 *) (out + k);
+}
+
 // Rows of the virtual axis and of its padding -> k_out, v_out (n_stream, heads of the batch, n_rows, D). blockIdx: (rows, head, stream)
 template <int D>
 static __global__ void __launch_bounds__(2*expand_rows(D)) expand_f16_kernel(seqkv_view a, int h0, int n_rows, half * k_out, half * v_out) {
@@ -117,8 +132,12 @@ static __global__ void __launch_bounds__(2*expand_rows(D)) expand_f16_kernel(seq
 
     const int h = h0 + blockIdx.y, s = blockIdx.z, first = blockIdx.x*ROWS;
     const int64_t at = (((int64_t) s*gridDim.y + blockIdx.y)*n_rows + first)*D;
-    const int32_t * meta = a.meta + (int64_t) s*a.n_virt;
     const bool cells = first < a.p.n_kv;
+    __shared__ int32_t used[ROWS]; // meta of the rows
+    for (int r = threadIdx.x; r < ROWS; r += NT) {
+        used[r] = first + r < a.n_virt ? a.meta[(int64_t) s*a.n_virt + first + r] : -1;
+    }
+    __syncthreads();
 
     if (cells) {
         decode_rows<D>(a, true, s, h, first, z);
@@ -126,29 +145,50 @@ static __global__ void __launch_bounds__(2*expand_rows(D)) expand_f16_kernel(seq
             transform_rows<D>(a.form_k == SEQKV_DENSE ? a.tables.dec(h) : nullptr, z, chunk, out);
         }
     }
+    // 4 values of a row by a thread, always the same ones
+    const int c = threadIdx.x%(D/4)*4, r0 = threadIdx.x/(D/4), half_rot = a.p.n_rot/2;
+    if (a.p.n_rot % 8 == 0 && a.rot.stride % 4 == 0) {
+        const bool rotated = c < a.p.n_rot, second = a.p.neox && c >= half_rot;
+        const int  partner = !rotated ? c : !a.p.neox ? c : second ? c - half_rot : c + half_rot;
+        const int  pair    = !a.p.neox ? c/2 : second ? c - half_rot : c;
 #pragma unroll 4
-    for (int i = threadIdx.x; i < ROWS*(D/2); i += NT) {
-        const int r = i/(D/2), c = i%(D/2)*2, j = first + r;
-        float x[2] = { 0.0f, 0.0f };
-        if (j < a.n_virt && meta[j] >= 0) {
-            const half * row = a.exact(s, max(j, a.p.n_kv)) + h*D;
-            const auto value = [&](int k) {
-                return j >= a.p.n_kv ? __half2float(row[k]) : a.form_k == SEQKV_PLAIN ? __half2float(z[r*LD + k]) : out[r*(D + 4) + k];
-            };
-            const float2 * cs = (const float2 *) a.rot.origin(meta[j]);
-#pragma unroll
-            for (int e = 0; e < 2; ++e) {
-                const int k = c + e, half_rot = a.p.n_rot/2;
-                x[e] = value(k);
-                if (k < a.p.n_rot) {
-                    const bool   second = a.p.neox ? k >= half_rot : e;
-                    const float2 rot    = cs[a.p.neox ? (second ? k - half_rot : k) : k/2];
-                    const float  other  = value(a.p.neox ? (second ? k - half_rot : k + half_rot) : k ^ 1);
-                    x[e] = second ? other*rot.y + x[e]*rot.x : x[e]*rot.x - other*rot.y;
+        for (int r = r0; r < ROWS; r += NT/(D/4)) {
+            float4 x = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+            if (used[r] >= 0) {
+                x = key_values<D>(a, s, h, first + r, z + r*LD, out + r*(D + 4), c);
+                if (rotated) {
+                    const float4 * cs = (const float4 *) (a.rot.origin(used[r]) + 2*pair);
+                    const float4 u = cs[0];
+                    if (a.p.neox) {
+                        const float4 y = key_values<D>(a, s, h, first + r, z + r*LD, out + r*(D + 4), partner), v = cs[1];
+                        const float  f = second ? 1.0f : -1.0f;
+                        x = make_float4(x.x*u.x + f*y.x*u.y, x.y*u.z + f*y.y*u.w, x.z*v.x + f*y.z*v.y, x.w*v.z + f*y.w*v.w);
+                    } else {
+                        x = make_float4(x.x*u.x - x.y*u.y, x.x*u.y + x.y*u.x, x.z*u.z - x.w*u.w, x.z*u.w + x.w*u.z);
+                    }
                 }
             }
+            *(uint2 *) (k_out + at + r*D + c) = pack4(x);
         }
-        *(half2 *) (k_out + at + r*D + c) = __floats2half2_rn(x[0], x[1]);
+    } else {
+        for (int i = threadIdx.x; i < ROWS*D; i += NT) {
+            const int r = i/D, k = i%D;
+            float x = 0.0f;
+            if (used[r] >= 0) {
+                const auto value = [&](int k) {
+                    const float4 v = key_values<D>(a, s, h, first + r, z + r*LD, out + r*(D + 4), k & ~3);
+                    return k%4 == 0 ? v.x : k%4 == 1 ? v.y : k%4 == 2 ? v.z : v.w;
+                };
+                x = value(k);
+                if (k < a.p.n_rot) {
+                    const bool   second = a.p.neox ? k >= half_rot : k & 1;
+                    const float2 rot    = ((const float2 *) a.rot.origin(used[r]))[a.p.neox ? (second ? k - half_rot : k) : k/2];
+                    const float  other  = value(a.p.neox ? (second ? k - half_rot : k + half_rot) : k ^ 1);
+                    x = second ? other*rot.y + x*rot.x : x*rot.x - other*rot.y;
+                }
+            }
+            k_out[at + r*D + k] = __float2half(x);
+        }
     }
     __syncthreads();
 
@@ -158,26 +198,27 @@ static __global__ void __launch_bounds__(2*expand_rows(D)) expand_f16_kernel(seq
             transform_rows<D>(nullptr, z, chunk, out);
         }
     }
-    const bool prof = a.bits_v && a.tables.prof;
+    float4 scale = make_float4(1.0f, 1.0f, 1.0f, 1.0f), mean = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    if (a.bits_v && a.tables.prof) {
+        const float4 v = unpack4(a.tables.v_scale(h) + c);
+        scale = make_float4(1.0f/v.x, 1.0f/v.y, 1.0f/v.z, 1.0f/v.w);
+        mean  = unpack4(a.tables.v_mean(h) + c);
+    }
 #pragma unroll 4
-    for (int i = threadIdx.x; i < ROWS*(D/2); i += NT) {
-        const int r = i/(D/2), c = i%(D/2)*2, j = first + r;
-        half2 x = make_half2(0.0f, 0.0f);
-        if (j < a.n_virt && meta[j] >= 0) {
+    for (int r = r0; r < ROWS; r += NT/(D/4)) {
+        const int j = first + r;
+        uint2 x = make_uint2(0, 0);
+        if (used[r] >= 0) {
             if (j >= a.p.n_kv) {
-                x = *(const half2 *) (a.exact(s, j) + a.p.n_head_kv*D + h*D + c);
+                x = *(const uint2 *) (a.exact(s, j) + a.p.n_head_kv*D + h*D + c);
             } else if (a.form_v == SEQKV_PLAIN) {
-                x = *(const half2 *) (z + r*LD + c);
+                x = *(const uint2 *) (z + r*LD + c);
             } else {
-                float2 y = *(const float2 *) (out + r*(D + 4) + c);
-                if (prof) {
-                    const float2 scale = __half22float2(*(const half2 *) (a.tables.v_scale(h) + c)), mean = __half22float2(*(const half2 *) (a.tables.v_mean(h) + c));
-                    y = make_float2(y.x/scale.x + mean.x, y.y/scale.y + mean.y);
-                }
-                x = __floats2half2_rn(y.x, y.y);
+                const float4 y = *(const float4 *) (out + r*(D + 4) + c);
+                x = pack4(make_float4(y.x*scale.x + mean.x, y.y*scale.y + mean.y, y.z*scale.z + mean.z, y.w*scale.w + mean.w));
             }
         }
-        *(half2 *) (v_out + at + r*D + c) = x;
+        *(uint2 *) (v_out + at + r*D + c) = x;
     }
 }
 
