@@ -45,7 +45,14 @@ def run(command: list[str], timeout: float = 1800, **env: str) -> tuple[int, str
     print("$", shown(command), flush=True)
     try:
         done = subprocess.run(
-            command, cwd=ROOT, env=os.environ | env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=timeout, check=False
+            command,
+            cwd=ROOT,
+            env=os.environ | env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=timeout,
+            check=False,
         )
     except subprocess.TimeoutExpired as error:
         return -1, (error.stdout or b"").decode(errors="replace")
@@ -55,7 +62,11 @@ def run(command: list[str], timeout: float = 1800, **env: str) -> tuple[int, str
 def build(args: argparse.Namespace) -> dict[str, Any]:
     command = [sys.executable, "-m", "pip", "install", "-e", ".[test]"]
     status, text = run(command, timeout=7200, CMAKE_ARGS="-DGGML_CUDA=ON -DSEQKV_BUILD_TESTS=ON")
-    return {"ok": status == 0, "command": "CMAKE_ARGS='-DGGML_CUDA=ON -DSEQKV_BUILD_TESTS=ON' " + shown(command), "tail": text[-500:] if status else ""}
+    return {
+        "ok": status == 0,
+        "command": "CMAKE_ARGS='-DGGML_CUDA=ON -DSEQKV_BUILD_TESTS=ON' " + shown(command),
+        "tail": text[-500:] if status else "",
+    }
 
 
 def binary_of(args: argparse.Namespace) -> str:
@@ -79,7 +90,21 @@ def ops(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def sanitizer(args: argparse.Namespace) -> dict[str, Any]:
-    command = ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9", binary_of(args), "test", "-b", "CUDA0", "-o", "SEQKV_ATTN", "-p", SANITIZED]
+    command = [
+        "compute-sanitizer",
+        "--tool",
+        "memcheck",
+        "--error-exitcode",
+        "9",
+        binary_of(args),
+        "test",
+        "-b",
+        "CUDA0",
+        "-o",
+        "SEQKV_ATTN",
+        "-p",
+        SANITIZED,
+    ]
     status, text = run(command)
     count = re.search(r"(\d+)/(\d+) tests passed", text)
     errors = re.search(r"ERROR SUMMARY: (\d+) error", text)
@@ -101,7 +126,20 @@ def bench(arguments: list[str]) -> tuple[Any, str]:
 def quality(args: argparse.Namespace) -> dict[str, Any]:
     if not args.text:
         sys.exit("the step 'quality' needs --text")
-    arguments = ["quality", "--model", args.model, "--text", args.text, "--ctx", str(args.ctx), "--chunks", str(args.chunks), "--kv", args.kv, *args.profile]
+    arguments = [
+        "quality",
+        "--model",
+        args.model,
+        "--text",
+        args.text,
+        "--ctx",
+        str(args.ctx),
+        "--chunks",
+        str(args.chunks),
+        "--kv",
+        args.kv,
+        *args.profile,
+    ]
     gpu, command = bench(arguments)
     cpu, _ = bench([*arguments, "--ngl", "0"])
     result: dict[str, Any] = {"ok": gpu is not None and cpu is not None, "command": command, "gpu": gpu, "cpu": cpu}
@@ -114,7 +152,20 @@ def quality(args: argparse.Namespace) -> dict[str, Any]:
 def speed(args: argparse.Namespace) -> dict[str, Any]:
     kvs = "f16,q8_0,q4_0," + args.kv
     rows, command = bench(
-        ["speed", "--model", args.speed_model or args.model, "--kv", args.speed_kv or kvs, "--depth", args.depth, "--batch", str(args.batch), "--runs", "3", *args.profile]
+        [
+            "speed",
+            "--model",
+            args.speed_model or args.model,
+            "--kv",
+            args.speed_kv or kvs,
+            "--depth",
+            args.depth,
+            "--batch",
+            str(args.batch),
+            "--runs",
+            "3",
+            *args.profile,
+        ]
     )
     return {"ok": rows is not None, "command": command, "rows": rows}
 
