@@ -1,0 +1,100 @@
+// Tensor core instructions on plain registers. Fragments (PTX ISA, mma): lane = 4*g + t.
+//   A (16, k): a[0] row g, a[1] row g + 8, both k 4t.. (int8) or 2t.. (f16); a[2], a[3] the same in the second half of k
+//   B (k, 8):  b0, b1: column g, the same k
+//   C (16, 8): c[0], c[1] row g, columns 2t, 2t + 1; c[2], c[3] row g + 8
+#pragma once
+
+#include "seqkv-common.cuh"
+
+SEQKV_FN void mma_s8_8x8x16(int & c0, int & c1, uint32_t a, uint32_t b) {
+#if __CUDA_ARCH__ >= 750
+    asm("mma.sync.aligned.m8n8k16.row.col.s32.s8.s8.s32 {%0, %1}, {%2}, {%3}, {%0, %1};" : "+r"(c0), "+r"(c1) : "r"(a), "r"(b));
+#else
+    GGML_UNUSED_VARS(c0, c1, a, b);
+#endif
+}
+
+// k = 16: a[0], a[1]
+SEQKV_FN void mma_s8_k16(int (&c)[4], const uint32_t * a, uint32_t b) {
+#if __CUDA_ARCH__ >= 800
+    asm("mma.sync.aligned.m16n8k16.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+        : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3]) : "r"(a[0]), "r"(a[1]), "r"(b));
+#else
+    mma_s8_8x8x16(c[0], c[1], a[0], b);
+    mma_s8_8x8x16(c[2], c[3], a[1], b);
+#endif
+}
+
+// k = 32
+SEQKV_FN void mma_s8_k32(int (&c)[4], const uint32_t * a, uint32_t b0, uint32_t b1) {
+#if __CUDA_ARCH__ >= 800
+    asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+#else
+    mma_s8_k16(c, a, b0);
+    mma_s8_k16(c, a + 2, b1);
+#endif
+}
+
+// f16, k = 16
+SEQKV_FN void mma_f16(float (&c)[4], const uint32_t * a, uint32_t b0, uint32_t b1) {
+#if __CUDA_ARCH__ >= 800
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+#elif __CUDA_ARCH__ >= 750
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a[0]), "r"(a[1]), "r"(b0));
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a[2]), "r"(a[3]), "r"(b1));
+#else
+    GGML_UNUSED_VARS(c, a, b0, b1);
+#endif
+}
+
+// B fragments of columns 0..7 (b[0], b[1]) and 8..15 (b[2], b[3]) from 16 rows of k in shared memory: lane l gives the address of
+// row l%16, column l/16*8, 16-byte aligned
+SEQKV_FN void load_b_transposed(uint32_t * b, const half * row) {
+#if __CUDA_ARCH__ >= 750
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+        : "=r"(b[0]), "=r"(b[1]), "=r"(b[2]), "=r"(b[3]) : "r"((uint32_t) __cvta_generic_to_shared(row)));
+#else
+    GGML_UNUSED_VARS(b, row);
+#endif
+}
+
+// two floats as f16, and what f16 leaves of them
+SEQKV_FN void split_f16(float x, float y, uint32_t & hi, uint32_t & lo) {
+    const half2  h = __floats2half2_rn(x, y);
+    const float2 f = __half22float2(h);
+    const half2  l = __floats2half2_rn(x - f.x, y - f.y);
+    hi = *(const uint32_t *) &h;
+    lo = *(const uint32_t *) &l;
+}
+
+// asynchronous copies of 4 and 16 bytes into shared memory; plain ones before compute capability 8.0
+SEQKV_FN void copy_async4(void * dst, const void * src) {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" :: "r"((uint32_t) __cvta_generic_to_shared(dst)), "l"(src));
+#else
+    *(uint32_t *) dst = *(const uint32_t *) src;
+#endif
+}
+SEQKV_FN void copy_async16(void * dst, const void * src) {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" :: "r"((uint32_t) __cvta_generic_to_shared(dst)), "l"(src));
+#else
+    *(uint4 *) dst = *(const uint4 *) src;
+#endif
+}
+SEQKV_FN void copy_wait() {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.wait_all;" ::: "memory");
+#endif
+}
+
+// Entries (n, k .. k + 7) of the Hadamard matrix of +-1, as f16; k a multiple of 8
+SEQKV_FN uint4 hadamard8(int n, int k) {
+    const uint32_t base = 0x3c003c00 ^ ((n & 1) << 31) ^ (__popc(n & k) & 1 ? 0x80008000 : 0);
+    const uint32_t w1   = n & 2 ? 0x80008000 : 0, w2 = n & 4 ? 0x80008000 : 0;
+    return make_uint4(base, base ^ w1, base ^ w2, base ^ w1 ^ w2);
+}

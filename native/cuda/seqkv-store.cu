@@ -1,0 +1,557 @@
+// Writing the cache: frame rows, and their blocks in the cells.
+//
+// The encoder is the one of encode.h: for each group of values three candidate gains, for each of these the Viterbi search. A
+// warp codes one group: lane 8*c + s holds state s of candidate c and carries its path, so that nothing has to be traced back.
+#include "seqkv-common.cuh"
+
+#include "../../ggml-cuda/cpy-utils.cuh"
+
+static constexpr int STORE_WARPS = 8;
+
+//
+// frame rows
+//
+
+static __global__ void seqkv_frame_kernel(const char * k, const char * v, half * dst, seqkv_meta meta, seqkv_rot rot,
+        ggml_seqkv_params p, int64_t k_nb1, int64_t k_nb2, int64_t v_nb1, int64_t v_nb2) {
+    const int t = blockIdx.x;
+    const int h = blockIdx.y;
+    half * row = dst + (int64_t) t*p.n_head_kv*(p.dk + p.dv);
+    const float * cs = rot.origin(meta.token(t));
+    const float * x  = (const float *) (k + h*k_nb1 + t*k_nb2);
+    const float * y  = (const float *) (v + h*v_nb1 + t*v_nb2);
+    for (int i = threadIdx.x; i < p.dk; i += blockDim.x) {
+        row[h*p.dk + i] = __float2half(seqkv_rotated(x, i, cs, p.n_rot, p.neox, 1));
+    }
+    for (int i = threadIdx.x; i < p.dv; i += blockDim.x) {
+        row[p.n_head_kv*p.dk + h*p.dv + i] = __float2half(y[i]);
+    }
+}
+
+void ggml_cuda_seqkv_frame(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
+    const ggml_tensor * k = dst->src[0];
+    const ggml_tensor * v = dst->src[1];
+    const ggml_seqkv_params p = seqkv_params(dst);
+    if (dst->ne[1] == 0) {
+        return;
+    }
+    seqkv_frame_kernel<<<dim3(dst->ne[1], p.n_head_kv), 64, 0, ctx.stream()>>>((const char *) k->data, (const char *) v->data, (half *) dst->data,
+        seqkv_meta_of(dst->src[2], p), seqkv_rot_of(dst->src[3], p), p, k->nb[1], k->nb[2], v->nb[1], v->nb[2]);
+}
+
+//
+// cells
+//
+
+SEQKV_FN const uint32_t * nearest_table(int B) {
+    switch (B) {
+        case 1:  return seqkv_nearest1;
+        case 2:  return seqkv_nearest2;
+        case 3:  return seqkv_nearest3;
+        case 4:  return seqkv_nearest4;
+        case 5:  return seqkv_nearest5;
+        default: return seqkv_nearest6;
+    }
+}
+
+SEQKV_FN float clamped_level(float z, float inv) {
+    return fmaxf(-2048.0f, fminf(2048.0f, z*inv));
+}
+
+SEQKV_FN uint32_t nearest_levels(const uint32_t * nearest, float t) {
+    return nearest[(int) fmaxf(0.0f, fminf(511.0f, 2.0f*t + 256.0f))];
+}
+
+SEQKV_FN float branch_error(uint32_t levels, int subset, float t) {
+    const float e = t - (float) (int8_t) (levels >> 8*subset);
+    return e*e;
+}
+
+// Scratch of a warp: squared error of the nearest level of each subset, by value and candidate
+struct encode_scratch {
+    float4 error[SEQKV_BLOCK][3];
+};
+
+// Tables of a block's groups in shared memory
+struct encode_tables {
+    uint32_t nearest[3][512];
+    int8_t   level[3][128];
+
+    __device__ __forceinline__ void load(int bits, int graded) {
+        for (int k = 0; k < (graded ? 3 : 1); ++k) {
+            const int B = seqkv_value_bits(bits, graded, k);
+            for (int i = threadIdx.x; i < 512 && B > 0; i += blockDim.x) {
+                nearest[k][i] = nearest_table(B)[i];
+            }
+            for (int i = threadIdx.x; i < 2 << B && B > 0; i += blockDim.x) {
+                level[k][i] = seqkv_level_table(B)[i];
+            }
+        }
+    }
+};
+
+// A group: n values z in shared memory, B bits each, by one warp. Returns the gain as stored; code: that of value i in lane i%32, element i/32.
+static __device__ int encode_group(int B, int graded, const uint32_t * nearest, const int8_t * level, const float * z, int n, encode_scratch & scratch, uint32_t (&code)[2]) {
+    const int lane  = threadIdx.x % WARP_SIZE;
+    const int cand  = min(lane/8, 2); // lanes 24 .. 31 repeat the last candidate
+    const int state = lane % 8;
+
+    const float * gain  = graded ? seqkv_gain_graded : seqkv_gain;
+    const float   steps = graded ? SEQKV_GRADED_STEPS : SEQKV_GAIN_STEPS;
+    const int     bias  = graded ? SEQKV_GRADED_BIAS  : SEQKV_GAIN_BIAS;
+    const int     top   = graded ? 31 : 255;
+
+    float energy = 0.0f;
+    for (int i = lane; i < n; i += WARP_SIZE) {
+        energy += z[i]*z[i];
+    }
+    energy = warp_reduce_sum(energy);
+    code[0] = code[1] = 0;
+    if (energy < 1e-30f) {
+        return 0;
+    }
+    const int   first = (int) floorf(0.5f*steps*log2f(energy/n)) + bias;
+    const int   g     = max(1, min(top, first + (cand == 0 ? 0 : cand == 1 ? 1 : -1)));
+    const float s     = gain[g]*seqkv_scale[B]*seqkv_shrink[B];
+    const float inv   = __frcp_rn(s);
+
+    __syncwarp();
+    for (int i = state; i < n && lane < 24; i += 8) {
+        const float    t = clamped_level(z[i], inv);
+        const uint32_t l = nearest_levels(nearest, t);
+        scratch.error[i][cand] = make_float4(branch_error(l, 0, t), branch_error(l, 1, t), branch_error(l, 2, t), branch_error(l, 3, t));
+    }
+    __syncwarp();
+
+    // predecessors of a state and the subsets of their branches: encode.h, SEQKV_STEP
+    const int from0 = 8*cand + (state >> 1);
+    const int from1 = from0 + 4;
+    const int d0    = (state >> 2 & 1) | ((state ^ state >> 1) & 1) << 1;
+    const int d1    = d0 ^ 2;
+
+    float    cost = state == 0 ? 0.0f : 1e30f;
+    uint32_t lo = 0, hi = 0; // path: bit i is that of value i
+    const float * error = (const float *) &scratch.error[0][cand];
+#pragma unroll 4
+    for (int i = 0; i < n; ++i) {
+        const float    a  = __shfl_sync(0xffffffff, cost, from0) + error[12*i + d0];
+        const float    b  = __shfl_sync(0xffffffff, cost, from1) + error[12*i + d1];
+        const uint32_t l0 = __shfl_sync(0xffffffff, lo, from0), l1 = __shfl_sync(0xffffffff, lo, from1);
+        const bool     older = b < a;
+        cost = older ? b : a;
+        lo   = older ? l1 : l0;
+        const uint32_t bit = (uint32_t) (state & 1) << i%32;
+        if (n > 32) {
+            const uint32_t h0 = __shfl_sync(0xffffffff, hi, from0), h1 = __shfl_sync(0xffffffff, hi, from1);
+            hi = older ? h1 : h0;
+            hi |= i >= 32 ? bit : 0;
+        }
+        lo |= i < 32 ? bit : 0;
+    }
+
+    // best end of each candidate, then the best candidate: the first one of equals
+    float best = cost;
+    int   end  = state;
+    for (int m = 1; m < 8; m *= 2) {
+        const float other     = __shfl_xor_sync(0xffffffff, best, m);
+        const int   other_end = __shfl_xor_sync(0xffffffff, end,  m);
+        if (other < best || (other == best && other_end < end)) {
+            best = other;
+            end  = other_end;
+        }
+    }
+    best *= s*s;
+    float kept = energy; // of zeros
+    int   from = -1;
+    for (int c = 0; c < 3; ++c) {
+        const float err = __shfl_sync(0xffffffff, best, 8*c);
+        if (err < kept) {
+            kept = err;
+            from = c;
+        }
+    }
+    if (from < 0) {
+        return 0;
+    }
+    const int at = 8*from + __shfl_sync(0xffffffff, end, 8*from);
+    lo = __shfl_sync(0xffffffff, lo, at);
+    hi = __shfl_sync(0xffffffff, hi, at);
+    const uint64_t u     = (uint64_t) hi << 32 | lo;
+    const int      taken = __shfl_sync(0xffffffff, g, 8*from);
+    const float    scale = __shfl_sync(0xffffffff, inv, 8*from);
+
+    for (int k = 0; k < 2; ++k) {
+        const int i = 32*k + lane;
+        if (i < n) {
+            // subset: u_(i-2) | (u_i ^ u_(i-1) ^ u_(i-3)) << 1
+            const int u0 = u >> i & 1, u1 = i >= 1 ? u >> (i - 1) & 1 : 0, u2 = i >= 2 ? u >> (i - 2) & 1 : 0, u3 = i >= 3 ? u >> (i - 3) & 1 : 0;
+            const int subset = u2 | (u0 ^ u1 ^ u3) << 1;
+            const int value  = (int8_t) (nearest_levels(nearest, clamped_level(z[i], scale)) >> 8*subset);
+            int l = 0;
+            for (int step = 1 << B; step > 0; step /= 2) {
+                l += level[l + step] <= value ? step : 0;
+            }
+            code[k] = u0 | l >> 2 << 1;
+        }
+    }
+    return taken;
+}
+
+// Codes of a group -> its part of the planes, as bytes. n: values of the group, i0: the first one.
+SEQKV_FN void write_planes(int bits, int graded, int B, int i0, int n, const uint32_t (&code)[2], uint8_t * block) {
+    const int lane = threadIdx.x % WARP_SIZE;
+    for (int j = 0; j < B; ++j) {
+        const uint32_t w0 = __ballot_sync(0xffffffff, code[0] >> j & 1);
+        const uint32_t w1 = __ballot_sync(0xffffffff, code[1] >> j & 1);
+        int at = 1 + graded;
+        for (int i = 0; i < j; ++i) {
+            at += seqkv_plane_values(bits, graded, i)/8;
+        }
+        if (lane < n/8) {
+            block[at + i0/8 + lane] = (uint8_t) ((lane < 4 ? w0 : w1) >> 8*(lane%4));
+        }
+    }
+}
+
+// d/64 blocks of z (shared memory) -> dst, by all warps of the block
+static __device__ void encode_head(int bits, int graded, const encode_tables & tables, float * z, int d, encode_scratch * scratch, uint8_t * dst) {
+    for (int i = threadIdx.x; i < d; i += blockDim.x) {
+        const float x = isfinite(z[i]) ? z[i] : 0.0f;
+        z[i] = fmaxf(-1e15f, fminf(1e15f, x));
+    }
+    __shared__ int gains[SEQKV_MAX_HEAD/SEQKV_BLOCK][3];
+    if (threadIdx.x < SEQKV_MAX_HEAD/SEQKV_BLOCK*3) {
+        gains[threadIdx.x/3][threadIdx.x%3] = 0;
+    }
+    __syncthreads();
+
+    const int warp     = threadIdx.x/WARP_SIZE;
+    const int n_groups = graded ? 3 : 1;
+    const int size     = seqkv_block_bytes(bits, graded);
+    // the long groups first
+    for (int item = warp; item < d/SEQKV_BLOCK*n_groups; item += STORE_WARPS) {
+        const int b = item % (d/SEQKV_BLOCK), k = n_groups - 1 - item/(d/SEQKV_BLOCK);
+        const int i0 = k == 0 ? 0 : k == 1 ? 16 : 32;
+        const int n  = !graded ? 64 : k == 2 ? 32 : 16;
+        const int B  = seqkv_value_bits(bits, graded, k);
+        uint32_t code[2];
+        if (B > 0) {
+            const int gain = encode_group(B, graded, tables.nearest[k], tables.level[k], z + b*SEQKV_BLOCK + i0, n, scratch[warp], code);
+            write_planes(bits, graded, B, i0, n, code, dst + b*size);
+            if (threadIdx.x%WARP_SIZE == 0) {
+                gains[b][k] = gain;
+            }
+            __syncwarp();
+        }
+    }
+    __syncthreads();
+    if (threadIdx.x < d/SEQKV_BLOCK) {
+        const int * g = gains[threadIdx.x];
+        const int   w = g[0] | g[1] << 5 | g[2] << 10;
+        uint8_t * out = dst + threadIdx.x*size;
+        out[0] = (uint8_t) w;
+        if (graded) {
+            out[1] = (uint8_t) (w >> 8);
+        }
+    }
+}
+
+// d values of z (shared memory) -> blocks of another type
+static __device__ void write_other(ggml_type type, const float * z, int d, char * dst) {
+    const int i = threadIdx.x;
+    switch (type) {
+        case GGML_TYPE_F32:  for (int j = i; j < d; j += blockDim.x) { ((float *) dst)[j] = z[j]; }                        return;
+        case GGML_TYPE_F16:  for (int j = i; j < d; j += blockDim.x) { ((half *) dst)[j] = __float2half(z[j]); }           return;
+        case GGML_TYPE_BF16: for (int j = i; j < d; j += blockDim.x) { ((nv_bfloat16 *) dst)[j] = __float2bfloat16(z[j]); } return;
+        default: break;
+    }
+    if (i >= d/32) {
+        return;
+    }
+    const float * x = z + 32*i;
+    switch (type) {
+        case GGML_TYPE_Q4_0:   quantize_f32_q4_0_block  (x, (block_q4_0   *) dst + i); break;
+        case GGML_TYPE_Q4_1:   quantize_f32_q4_1_block  (x, (block_q4_1   *) dst + i); break;
+        case GGML_TYPE_Q5_0:   quantize_f32_q5_0_block  (x, (block_q5_0   *) dst + i); break;
+        case GGML_TYPE_Q5_1:   quantize_f32_q5_1_block  (x, (block_q5_1   *) dst + i); break;
+        case GGML_TYPE_Q8_0:   quantize_f32_q8_0_block  (x, (block_q8_0   *) dst + i); break;
+        case GGML_TYPE_IQ4_NL: quantize_f32_iq4_nl_block(x, (block_iq4_nl *) dst + i); break;
+        default: break;
+    }
+}
+
+// One part of frame rows that goes into a cache
+struct store_part {
+    char          * dst;
+    const int64_t * idxs;
+    seqkv_tables    tables;
+    int64_t         nb1;
+    ggml_type       type;
+    int             bits, graded, form, is_key;
+    int             head_size; // bytes of a head's cell
+};
+
+static store_part store_part_of(const ggml_tensor * dst) {
+    const ggml_seqkv_params p = seqkv_params(dst);
+    const ggml_tensor * prof = dst->src[4];
+
+    store_part part;
+    part.dst       = (char *) dst->data;
+    part.idxs      = (const int64_t *) dst->src[1]->data;
+    part.tables    = seqkv_tables_of(prof, p);
+    part.nb1       = dst->nb[1];
+    part.type      = dst->type;
+    part.bits      = ggml_seqkv_bits(dst->type);
+    part.graded    = ggml_seqkv_graded(dst->type);
+    part.form      = seqkv_form_of(dst->type, prof);
+    part.is_key    = p.part == GGML_SEQKV_KEY;
+    part.head_size = (int) ggml_row_size(dst->type, part.is_key ? p.dk : p.dv);
+    return part;
+}
+
+// z = E x - pred by STORE_WARPS warps, 8 lanes a row of E. Reading E is a step of its own, for what it does not depend on.
+template <int D> struct dense_transform {
+    static constexpr int N = D/64, ROWS = STORE_WARPS*WARP_SIZE/8, PASSES = D/ROWS, HELD = N*PASSES <= 8 ? PASSES : 2;
+    uint4 e[HELD][N];
+
+    __device__ __forceinline__ void load(const half * enc, int pass) {
+#pragma unroll
+        for (int p = 0; p < HELD; ++p) {
+#pragma unroll
+            for (int n = 0; n < N; ++n) {
+                e[p][n] = *(const uint4 *) (enc + (threadIdx.x/8 + ROWS*(pass + p))*D + 64*n + 8*(threadIdx.x%8));
+            }
+        }
+    }
+    // after load(enc, 0); x, z in shared memory
+    __device__ __forceinline__ void apply(const half * enc, const half * pred, const float * x, float * z) {
+        for (int pass = 0; pass < PASSES; pass += HELD) {
+            if (pass > 0) {
+                load(enc, pass);
+            }
+#pragma unroll
+            for (int p = 0; p < HELD; ++p) {
+                float sum = 0.0f;
+#pragma unroll
+                for (int n = 0; n < N; ++n) {
+                    const float * xn = x + 64*n + 8*(threadIdx.x%8);
+#pragma unroll
+                    for (int j = 0; j < 4; ++j) {
+                        const float2 f = __half22float2(((const half2 *) &e[p][n])[j]);
+                        sum += f.x*xn[2*j] + f.y*xn[2*j + 1];
+                    }
+                }
+                for (int m = 1; m < 8; m *= 2) {
+                    sum += __shfl_xor_sync(0xffffffff, sum, m);
+                }
+                const int r = threadIdx.x/8 + ROWS*(pass + p);
+                if (threadIdx.x%8 == 0) {
+                    z[r] = sum - __half2float(pred[r]);
+                }
+            }
+        }
+        __syncthreads();
+    }
+};
+
+// One head vector of a token to the domain of its cell, and into it. x: its frame row's values (d), z: scratch, both in shared memory
+template <int D>
+static __device__ void store_head(const store_part & a, int h, int32_t offset, float * x, float * z, encode_scratch * scratch, const encode_tables & tables,
+        char * out, dense_transform<D> & dense) {
+    if (a.form == SEQKV_DENSE) {
+        __syncthreads();
+        dense.apply(a.tables.enc(h), a.tables.pred(h) + offset*D, x, z);
+        x = z;
+    } else if (a.form == SEQKV_HADAMARD) {
+        if (a.bits && !a.is_key && a.tables.prof) {
+            for (int i = threadIdx.x; i < D; i += blockDim.x) {
+                x[i] = __half2float(a.tables.v_scale(h)[i])*(x[i] - __half2float(a.tables.v_mean(h)[i]));
+            }
+        }
+        seqkv_fwht_shared(x, D, threadIdx.x, blockDim.x);
+    } else {
+        __syncthreads();
+    }
+    if (a.bits) {
+        encode_head(a.bits, a.graded, tables, x, D, scratch, (uint8_t *) out);
+    } else {
+        write_other(a.type, x, D, out);
+    }
+}
+
+// blockIdx: (token, KV head)
+template <int D>
+static __global__ void __launch_bounds__(STORE_WARPS*WARP_SIZE) seqkv_store_kernel(store_part part, const half * cur, seqkv_meta meta, ggml_seqkv_params p) {
+    __shared__ float x[D], z[D];
+    __shared__ encode_scratch scratch[STORE_WARPS];
+    __shared__ encode_tables  tables;
+
+    const int t = blockIdx.x;
+    const int h = blockIdx.y;
+    const int64_t cell = part.idxs[t];
+    if (cell < 0) {
+        return;
+    }
+    dense_transform<D> dense;
+    if (part.form == SEQKV_DENSE) {
+        dense.load(part.tables.enc(h), 0);
+    }
+    if (part.bits) {
+        tables.load(part.bits, part.graded);
+    }
+    const half * row = cur + (int64_t) t*p.n_head_kv*(p.dk + p.dv) + (part.is_key ? 0 : p.n_head_kv*p.dk) + h*D;
+    for (int i = threadIdx.x; i < D; i += blockDim.x) {
+        x[i] = __half2float(row[i]);
+    }
+    store_head<D>(part, h, meta.token(t) & 255, x, z, scratch, tables, part.dst + cell*part.nb1 + h*part.head_size, dense);
+}
+
+// FRAME and both its STOREs. blockIdx: (token, KV head, key or value)
+template <int D>
+static __global__ void __launch_bounds__(STORE_WARPS*WARP_SIZE) seqkv_write_kernel(store_part part_k, store_part part_v, const char * k, const char * v, half * rows,
+        seqkv_meta meta, seqkv_rot rot, ggml_seqkv_params p, int64_t k_nb1, int64_t k_nb2, int64_t v_nb1, int64_t v_nb2) {
+    __shared__ float x[D], z[D];
+    __shared__ encode_scratch scratch[STORE_WARPS];
+    __shared__ encode_tables  tables;
+
+    const int t = blockIdx.x;
+    const int h = blockIdx.y;
+    const store_part & part = blockIdx.z == 0 ? part_k : part_v;
+    dense_transform<D> dense;
+    if (part.form == SEQKV_DENSE) {
+        dense.load(part.tables.enc(h), 0);
+    }
+    if (part.bits) {
+        tables.load(part.bits, part.graded);
+    }
+    ggml_cuda_pdl_sync();
+    ggml_cuda_pdl_lc(); // after the former: who comes next may read what was there before this kernel
+    const int64_t cell = part.idxs[t];
+    const int32_t mt   = meta.token(t);
+    const float * src  = (const float *) (blockIdx.z == 0 ? k + h*k_nb1 + t*k_nb2 : v + h*v_nb1 + t*v_nb2);
+    half        * row  = rows + (int64_t) t*p.n_head_kv*2*D + (blockIdx.z*p.n_head_kv + h)*D;
+    for (int i = threadIdx.x; i < D; i += blockDim.x) {
+        const half y = __float2half(blockIdx.z == 0 ? seqkv_rotated(src, i, rot.origin(mt), p.n_rot, p.neox, 1) : src[i]);
+        row[i] = y;
+        x[i]   = __half2float(y);
+    }
+    if (cell >= 0) {
+        store_head<D>(part, h, mt & 255, x, z, scratch, tables, part.dst + cell*part.nb1 + h*part.head_size, dense);
+    }
+}
+
+static __global__ void seqkv_store_row_kernel(char * dst, const half * cur, const int64_t * idxs, int width, int64_t nb1) {
+    const int64_t cell = idxs[blockIdx.x];
+    if (cell < 0) {
+        return;
+    }
+    const half2 * from = (const half2 *) (cur + (int64_t) blockIdx.x*width);
+    half2       * to   = (half2 *) (dst + cell*nb1);
+    for (int i = threadIdx.x; i < width/2; i += blockDim.x) {
+        to[i] = from[i];
+    }
+}
+
+void ggml_cuda_seqkv_store(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
+    const ggml_tensor * cur = dst->src[0];
+    const ggml_seqkv_params p = seqkv_params(dst);
+    if (cur->ne[1] == 0) {
+        return;
+    }
+    if (p.part == GGML_SEQKV_ROW) {
+        seqkv_store_row_kernel<<<cur->ne[1], 256, 0, ctx.stream()>>>((char *) dst->data, (const half *) cur->data,
+            (const int64_t *) dst->src[1]->data, (int) cur->ne[0], dst->nb[1]);
+        return;
+    }
+    const auto part = store_part_of(dst);
+    const auto meta = seqkv_meta_of(dst->src[3], p);
+    const dim3 grid(cur->ne[1], p.n_head_kv), block(STORE_WARPS*WARP_SIZE);
+    switch (part.is_key ? p.dk : p.dv) {
+        case 64:  seqkv_store_kernel< 64><<<grid, block, 0, ctx.stream()>>>(part, (const half *) cur->data, meta, p); break;
+        case 128: seqkv_store_kernel<128><<<grid, block, 0, ctx.stream()>>>(part, (const half *) cur->data, meta, p); break;
+        default:  seqkv_store_kernel<256><<<grid, block, 0, ctx.stream()>>>(part, (const half *) cur->data, meta, p); break;
+    }
+}
+
+static bool is_view(const ggml_tensor * t) {
+    return t->op == GGML_OP_RESHAPE || t->op == GGML_OP_VIEW || t->op == GGML_OP_NONE;
+}
+
+// FRAME at node i, STORE of keys and of values, with nothing but views between. Returns the last one, 0: not these.
+static int match_write(const ggml_cgraph * graph, int i, const ggml_tensor * (&parts)[2]) {
+    const ggml_tensor * frame = graph->nodes[i];
+    if (frame->op != GGML_OP_SEQKV_FRAME || frame->ne[1] == 0 || seqkv_params(frame).dk != seqkv_params(frame).dv) {
+        return 0;
+    }
+    int n = 0;
+    for (int j = i + 1; j < graph->n_nodes; ++j) {
+        const ggml_tensor * t = graph->nodes[j];
+        if (is_view(t)) {
+            continue;
+        }
+        if (t->op != GGML_OP_SEQKV_STORE || t->src[0] != frame || seqkv_params(t).part != (n == 0 ? GGML_SEQKV_KEY : GGML_SEQKV_VALUE)) {
+            return 0;
+        }
+        parts[n++] = t;
+        if (n == 2) {
+            return j;
+        }
+    }
+    return 0;
+}
+
+// these in one launch
+static int fuse_write(ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, int i) {
+    const ggml_tensor * frame    = graph->nodes[i];
+    const ggml_tensor * parts[2] = { nullptr, nullptr };
+    const int last = match_write(graph, i, parts);
+    const ggml_seqkv_params p = seqkv_params(frame);
+    if (last == 0) {
+        return 0;
+    }
+    const ggml_tensor * k = frame->src[0];
+    const ggml_tensor * v = frame->src[1];
+    const auto launch = [&](auto kernel) {
+        ggml_cuda_kernel_launch(kernel, ggml_cuda_kernel_launch_params(dim3(frame->ne[1], p.n_head_kv, 2), dim3(STORE_WARPS*WARP_SIZE), 0, ctx.stream()),
+            store_part_of(parts[0]), store_part_of(parts[1]), (const char *) k->data, (const char *) v->data, (half *) frame->data,
+            seqkv_meta_of(frame->src[2], p), seqkv_rot_of(frame->src[3], p), p,
+            (int64_t) k->nb[1], (int64_t) k->nb[2], (int64_t) v->nb[1], (int64_t) v->nb[2]);
+    };
+    switch (p.dk) {
+        case 64:  launch(seqkv_write_kernel< 64>); break;
+        case 128: launch(seqkv_write_kernel<128>); break;
+        default:  launch(seqkv_write_kernel<256>); break;
+    }
+    return last - i;
+}
+
+int ggml_cuda_seqkv_fuse(ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, int i) {
+    const ggml_tensor * node = graph->nodes[i];
+    if (node->op == GGML_OP_SEQKV_FRAME) {
+        return fuse_write(ctx, graph, i);
+    }
+    // attention, then the window's rows: the last kernel of the one copies these
+    if (node->op == GGML_OP_SEQKV_ATTN && ggml_nelements(node) > 0) {
+        int j = i + 1;
+        while (j < graph->n_nodes && is_view(graph->nodes[j])) {
+            ++j;
+        }
+        if (j < graph->n_nodes && graph->nodes[j]->op == GGML_OP_SEQKV_STORE && seqkv_params(graph->nodes[j]).part == GGML_SEQKV_ROW &&
+                graph->nodes[j]->src[0] == node->src[6]) {
+            // did the write come just before?
+            int w = i - 1;
+            while (w > 0 && (is_view(graph->nodes[w]) || graph->nodes[w]->op == GGML_OP_SEQKV_STORE)) {
+                --w;
+            }
+            const ggml_tensor * parts[2];
+            const int  last    = w >= 0 ? match_write(graph, w, parts) : 0;
+            bool overlap = last > 0 && ctx.stream_context().concurrent_events.empty();
+            for (int k = last + 1; k < i; ++k) {
+                overlap = overlap && is_view(graph->nodes[k]);
+            }
+            ggml_cuda_seqkv_attn(ctx, graph->nodes[i], graph->nodes[j], overlap);
+            return j - i;
+        }
+    }
+    return 0;
+}
