@@ -4,7 +4,7 @@
     python tools/cuda_checks.py --model FILE.gguf [--text FILE] [--speed-model FILE.gguf] [--json docs/cuda.json]
 
 Steps (--steps takes a list of them):
-    build      pip install -e . with -DGGML_CUDA=ON, and test-backend-ops
+    build      pip install -e . with -DGGML_CUDA=ON -DSEQKV_CUDA=ON, and test-backend-ops
     ops        test-backend-ops: the CUDA ops against the scalar oracle, all cases
     sanitizer  compute-sanitizer on some of these cases: out-of-bounds and misaligned accesses
     quality    bench quality on the GPU and on the CPU: the mean KLD of each type has to agree within four standard errors
@@ -61,10 +61,10 @@ def run(command: list[str], timeout: float = 1800, **env: str) -> tuple[int, str
 
 def build(args: argparse.Namespace) -> dict[str, Any]:
     command = [sys.executable, "-m", "pip", "install", "-e", ".[test]"]
-    status, text = run(command, timeout=7200, CMAKE_ARGS="-DGGML_CUDA=ON -DSEQKV_BUILD_TESTS=ON")
+    status, text = run(command, timeout=7200, CMAKE_ARGS="-DGGML_CUDA=ON -DSEQKV_CUDA=ON -DSEQKV_BUILD_TESTS=ON")
     return {
         "ok": status == 0,
-        "command": "CMAKE_ARGS='-DGGML_CUDA=ON -DSEQKV_BUILD_TESTS=ON' " + shown(command),
+        "command": "CMAKE_ARGS='-DGGML_CUDA=ON -DSEQKV_CUDA=ON -DSEQKV_BUILD_TESTS=ON' " + shown(command),
         "tail": text[-500:] if status else "",
     }
 

@@ -4,7 +4,7 @@
     python tools/report.py            # rewrite the tables
     python tools/report.py --check    # exit 1 if a table is not what its JSON gives
 
-A table stands between the lines  <!-- table NAME -->  and  <!-- end -->; NAME is quality, quality_f32, speed, speed_1b, memory, or one of the commands of
+A table stands between the lines  <!-- table NAME -->  and  <!-- end -->; NAME is quality, quality_f32, speed, memory, or one of the commands of
 tools/quality_checks.py.
 """
 from __future__ import annotations
@@ -41,8 +41,8 @@ def quality(file: str = "quality.json") -> str:
     return table(header, body)
 
 
-def speed(file: str = "speed.json") -> str:
-    rows = json.loads((ROOT / "docs" / file).read_text())
+def speed() -> str:
+    rows = json.loads((ROOT / "docs/speed.json").read_text())
     depths = sorted({r["depth"] for r in rows})
     kinds = list(dict.fromkeys(r["kv"] for r in rows))
     cell = {(r["kv"], r["depth"]): r for r in rows}
@@ -104,7 +104,7 @@ def retrieval() -> str:
 
 
 TABLES = {
-    "quality": quality, "quality_f32": lambda: quality("quality-f32.json"), "speed": speed, "speed_1b": lambda: speed("speed-1b.json"), "memory": memory, "drift": drift, "texts": texts, "outliers": outliers, "greedy": greedy, "retrieval": retrieval,
+    "quality": quality, "quality_f32": lambda: quality("quality-f32.json"), "speed": speed, "memory": memory, "drift": drift, "texts": texts, "outliers": outliers, "greedy": greedy, "retrieval": retrieval,
 }  # fmt: skip
 
 
