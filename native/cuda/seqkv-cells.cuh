@@ -34,12 +34,12 @@ SEQKV_FN float other_value(ggml_type type, const char * src, int i) {
 
 // block at a byte of raw words -> 16 words of levels in stored order
 template <int bits, int graded> SEQKV_FN void unpack_raw(const uint32_t * raw, int byte, uint32_t & gain, uint32_t * out) {
-    const int at = byte + 1 + graded;
-    gain = raw[byte/4] >> 8*(byte%4);
-    if (graded && byte%4 == 3) {
-        gain = (gain & 255) | raw[byte/4 + 1] << 8;
+    const uint32_t at = byte + 1 + graded;
+    gain = raw[(uint32_t) byte/4] >> 8*(byte & 3);
+    if (graded && (byte & 3) == 3) {
+        gain = (gain & 255) | raw[(uint32_t) byte/4 + 1] << 8;
     }
-    const int shift = at%4*8;
+    const uint32_t shift = at%4*8;
     uint32_t w[2*bits];
     uint32_t x = raw[at/4];
 #pragma unroll
@@ -82,3 +82,16 @@ SEQKV_FN void decode_any(int bits, int graded, const uint32_t * raw, int byte, u
         default: decode_block<4, 1>(raw, byte, out, factor); break;
     }
 }
+
+// One row's uniform block: levels -> dst
+SEQKV_FN void decode_levels(int bits, const uint32_t * raw, int byte, uint32_t * out) {
+    uint32_t gain;
+    switch (bits) {
+        case 1:  unpack_raw<1, 0>(raw, byte, gain, out); break;
+        case 2:  unpack_raw<2, 0>(raw, byte, gain, out); break;
+        case 3:  unpack_raw<3, 0>(raw, byte, gain, out); break;
+        default: unpack_raw<4, 0>(raw, byte, gain, out); break;
+    }
+}
+// scale of the levels of uniform blocks
+SEQKV_FN float seqkv_scale_of(int bits) { return bits == 1 ? seqkv_scale[1] : bits == 2 ? seqkv_scale[2] : bits == 3 ? seqkv_scale[3] : seqkv_scale[4]; }

@@ -1,12 +1,13 @@
 // Decode straight from blocks, on integer tensor cores.
 //
 // Three kernels an op. The first one transforms the queries into every frame (q' = D^T R(-t0) q, or H R(-t0) q), splits them in
-// two signed 7-bit digits, and takes their products with the frame's 64 predictions. The second one works on tiles of 64 cells of
-// one KV head: levels of K and V by byte permutes, once for all queries of the group; scores as integer products with the digits of
-// the queries, a gain per key and group of values applied to each; values as integer products with the digits of p*gain. Exact
-// rows are parts of their own in the same launch. The third one combines the parts.
+// two signed 7-bit digits, and takes their products with the frame's 64 predictions. In the second one each warp works by itself on
+// tiles of 64 cells of one KV head: levels of K and V by byte permutes, once for all queries of the group; scores as integer
+// products with the digits of the queries, a gain per key and group of values applied to each; values as integer products with
+// the two bytes of p*gain. Exact rows are parts of their own in the same launch. The third one combines the parts.
 //
-// Rows of the tensor core tiles: row r is the upper digit of query r, row r + 8 its lower digit: a query's two sums are in one thread.
+// Keys are the rows of the tensor core tiles, values their columns turned by ldmatrix; the 8 columns are 4 queries, each with
+// its upper and lower digit next to each other: lane 4*g + t has both digits of query t for keys (or dims) g and g + 8.
 #include "seqkv-attn.cuh"
 #include "seqkv-cells.cuh"
 #include "seqkv-mma.cuh"
@@ -15,24 +16,25 @@ static constexpr int TILE    = 64;        // cells of a tile
 static constexpr int WARPS   = 4;
 static constexpr int THREADS = WARPS*WARP_SIZE;
 static constexpr int EXACT   = 16;        // exact rows of a part
-static constexpr int MAX_MT  = 4;         // tiles of 8 queries
-static constexpr int DIGITS  = 127*128;   // largest value of two digits
+static constexpr int MAX_NQ  = 32;        // queries of a KV head
+static constexpr int DIGITS  = 127*128;   // largest value of two signed digits
+static constexpr int BYTES   = 65530;     // largest value of two bytes, with room for rounding
 
-// What the first kernel hands to the second one, by (stream, frame, KV head); MT tiles of 8 queries
-//   digits: A fragments of the queries, ((tile, quad of registers), lane) of 16 bytes; register 8*block + 2*run + digit, run: 16 values
-//   scale (8*MT): q' = scale*(128*upper + lower);  pred (8*MT, 64): <q', prediction by offset>
+// What the first kernel hands to the second one, by (stream, frame, KV head); n4 tiles of 4 queries
+//   digits: B fragments of the queries, (n4, block of 64, lane) of 16 bytes: lane 4*(2*query + digit) + t, word t of each of the 4 runs
+//   scale (4*n4): q' = scale*(128*upper + lower);  pred (4*n4, 64): <q', prediction by offset>
 struct frame_queries {
     uint32_t * digits;
     float    * scale;
     float    * pred;
-    int        n_frames;
+    int        n_frames, n4;
 
     __device__ __forceinline__ int64_t index(const seqkv_view & a, int s, int frame, int h) const {
         return ((int64_t) s*n_frames + frame)*a.p.n_head_kv + h;
     }
 };
 
-template <int D> SEQKV_FN uint32_t * digits_of(const frame_queries & f, int64_t index, int mt) { return f.digits + index*(mt*D*4); }
+template <int D> SEQKV_FN uint32_t * digits_of(const frame_queries & f, int64_t index) { return f.digits + index*(f.n4*D*2); }
 
 //
 // queries in the frames
@@ -45,7 +47,7 @@ static constexpr int query_smem(int d, int nq) { return (2*query_rows(d) + query
 
 // overlap: the kernel before this one writes the cache and nothing that is read here: run beside it
 template <int D>
-static __global__ void __launch_bounds__(query_rows(D)*2) queries_kernel(seqkv_view a, frame_queries f, int mt, bool overlap) {
+static __global__ void __launch_bounds__(query_rows(D)*2) queries_kernel(seqkv_view a, frame_queries f, bool overlap) {
     constexpr int  ROWS = query_rows(D), LD = D + 8, NT = ROWS*2, CHUNK = query_chunk(D);
     constexpr bool RESIDENT = query_resident(D);
     extern __shared__ __align__(16) half smem_h[];
@@ -65,8 +67,8 @@ static __global__ void __launch_bounds__(query_rows(D)*2) queries_kernel(seqkv_v
     __shared__ int row_digits[ROWS], row_query[ROWS];
     for (int r = threadIdx.x; r < ROWS; r += NT) {
         const int frame = r/nq, iq = r%nq;
-        row_digits[r] = frame*a.p.n_head_kv*mt*D*4 + (iq/8*D + iq%8*4)*4;
-        row_query [r] = frame*a.p.n_head_kv*mt*8 + iq;
+        row_digits[r] = frame*a.p.n_head_kv*f.n4*D*2 + iq/4*D*2 + iq%4*32;
+        row_query [r] = frame*a.p.n_head_kv*f.n4*4 + iq;
     }
 
     const auto load_chunk = [&](int k0) {
@@ -172,7 +174,7 @@ static __global__ void __launch_bounds__(query_rows(D)*2) queries_kernel(seqkv_v
                     uint32_t b[16];
 #pragma unroll
                     for (int n = 0; n < 8; n += 2) {
-                        load_b_transposed(b + 2*n, chunk + (kk + lane%16)*LD + 8*(n0 + n) + lane/16*8);
+                        load_transposed(b + 2*n, chunk + (kk + lane%16)*LD + 8*(n0 + n) + lane/16*8);
                     }
 #pragma unroll
                     for (int n = 0; n < 8; ++n) {
@@ -231,7 +233,7 @@ static __global__ void __launch_bounds__(query_rows(D)*2) queries_kernel(seqkv_v
             for (int e = 0; e < 2; ++e) {
                 const int r = 16*warp + g + 8*e;
                 if (r < n_rows) {
-                    float * dst = f.pred + (f.index(a, s, frame0, h)*8*mt + row_query[r])*SEQKV_FRAME;
+                    float * dst = f.pred + (f.index(a, s, frame0, h)*4*f.n4 + row_query[r])*SEQKV_FRAME;
 #pragma unroll
                     for (int n = 0; n < 8; ++n) {
                         *(float2 *) (dst + 8*n + 2*t) = make_float2(sum[n][2*e], sum[n][2*e + 1]);
@@ -254,7 +256,7 @@ static __global__ void __launch_bounds__(query_rows(D)*2) queries_kernel(seqkv_v
             inv[e] = max > 0.0f ? DIGITS/max : 0.0f;
             const int r = 16*warp + g + 8*e;
             if (t == 0 && r < n_rows) {
-                f.scale[f.index(a, s, frame0, h)*8*mt + row_query[r]] = max/DIGITS;
+                f.scale[f.index(a, s, frame0, h)*4*f.n4 + row_query[r]] = max/DIGITS;
             }
 #pragma unroll
             for (int n = 0; n < D/8; ++n) {
@@ -263,7 +265,7 @@ static __global__ void __launch_bounds__(query_rows(D)*2) queries_kernel(seqkv_v
         }
         __syncthreads();
         const int   run = threadIdx.x%(D/4)/4, tt = threadIdx.x%4;
-        uint32_t  * dst = digits_of<D>(f, f.index(a, s, frame0, h), mt) + (run/2*32 + tt)*4 + run%2*2;
+        uint32_t  * dst = digits_of<D>(f, f.index(a, s, frame0, h)) + (run/4*32 + tt)*4 + run%4;
         const float * from = out + 16*run + tt;
 #pragma unroll 4
         for (int r = threadIdx.x/(D/4); r < n_rows; r += NT/(D/4)) {
@@ -275,7 +277,8 @@ static __global__ void __launch_bounds__(query_rows(D)*2) queries_kernel(seqkv_v
                 upper |= (uint32_t) (u & 255) << 8*j;
                 lower |= (uint32_t) ((x - 128*u) & 255) << 8*j;
             }
-            *(uint2 *) (dst + row_digits[r]) = make_uint2(upper, lower);
+            dst[row_digits[r]]      = upper;
+            dst[row_digits[r] + 16] = lower;
         }
         __syncthreads();
     }
@@ -288,74 +291,99 @@ static __global__ void __launch_bounds__(query_rows(D)*2) queries_kernel(seqkv_v
 // attention
 //
 
-template <int D> struct decode_smem {
-    static constexpr int NB  = D/64;
-    static constexpr int LDK = D + 16;            // bytes: conflict-free for what reads them
-    static constexpr int LDV = D + 8;
-    static constexpr int LDP = TILE + 16;
-    static constexpr int RAW = (NB*34 + 6)/4 | 1; // words of a row of raw cells, odd
-    uint32_t raw_k[TILE*RAW + 3];
-    uint32_t raw_v[TILE*RAW + 3];
-    __align__(16) int8_t k[TILE*LDK];
-    __align__(16) int8_t v[TILE*LDV];
-    __align__(16) int8_t p[NB*16*LDP];
-    __align__(16) float  gain_k[NB*3*TILE];
-    float gain_v[NB*TILE];
-    float max_v[NB*2];
-    float max_s[WARPS*8];
-    __align__(8) int cell[TILE]; // offset | tokens that attend to it << 8
-    int   origin[TILE];          // -1: not attended to
-    int   first[2], last[2], next;
+static constexpr __host__ __device__ int step_keys(int d) { return d == 64 ? 32 : 16; } // keys unpacked at a time
+static constexpr __host__ __device__ int max_nt   (int d) { return d == 256 ? 2 : 4; }  // tiles of 4 queries of a block
+
+// What a warp needs
+template <int D, int NT> struct warp_smem {
+    static constexpr int NB    = D/64;
+    static constexpr int KEYS  = step_keys(D);
+    static constexpr int PITCH = D/2 + 16; // bytes of a raw row: the largest cell, wherever it begins in 16 bytes
+    static constexpr int LD    = D + 16;   // bytes of a row of levels: conflict-free for what reads and writes them
+    static constexpr int GAINS = NB*(3*KEYS > TILE ? 3*KEYS : TILE);
+    __align__(16) char    raw_k[2*KEYS*PITCH]; // two steps
+    __align__(16) char    raw_v[TILE*PITCH];
+    __align__(16) int8_t  level[KEYS*LD];
+    __align__(16) float   gain[GAINS];         // of keys (3*NB, KEYS) or of values (NB, TILE); of each 16 keys, i and i + 8 are neighbours
+    union {
+        __align__(16) float2  score[NT*4*WARP_SIZE];       // (n, 16 keys, lane): keys g and g + 8
+        __align__(16) uint8_t p[NT*NB*4*128];             // (n, block, 16 keys): B fragments of p*gain
+    };
 };
 
-// 64 rows of the cells of a head, n of them in use -> raw words, as they are aligned in memory. Half a warp a row.
-template <int RAW> SEQKV_FN void load_raw(uint32_t * raw, const char * cells, int64_t nb1, int size, int n) {
-    const int r0 = threadIdx.x/16, w0 = threadIdx.x%16;
-    const int words = (size + 6)/4;
-    for (int w = w0; w < words; w += 16) {
-        const char * at  = cells + r0*nb1 + 4*w;
-        uint32_t   * dst = raw + r0*RAW + w;
-        if (nb1 % 4 == 0 && n == TILE) {
-            const int skew = (int) (uintptr_t) at & 3;
-            at -= skew;
-            if (4*w - skew < size) {
-#pragma unroll
-                for (int r = 0; r < TILE; r += THREADS/16) {
-                    copy_async4(dst + r*RAW, at);
-                    at += (THREADS/16)*nb1;
+// Rows of cells on their way to shared memory. They keep their place in 16 bytes of global memory, or in 4 if rows are not aligned.
+template <int KEYS, int PITCH> struct row_loader {
+    const char * cells; // row 0 of the head
+    int          nb1, size;
+    int          n16, lanes;     // 16-byte pieces of a row, lanes that copy one; 0: words by 16 lanes
+    int          skew;           // of all rows if n16
+    int          from, to;       // this lane's first piece, bytes from row 0
+
+    __device__ __forceinline__ row_loader(const char * cells, int64_t nb1, int64_t nb2, int size, int lane) : cells(cells), nb1((int) nb1), size(size) {
+        skew  = (int) (uintptr_t) cells & 15;
+        n16   = ((nb1 | nb2) & 15) == 0 ? (skew + size + 15)/16 : 0;
+        lanes = n16 == 0 ? 16 : n16 <= 4 ? 4 : n16 <= 8 ? 8 : 16;
+        from  = lane/lanes*(int) nb1 + 16*(lane%lanes) - skew;
+        to    = lane/lanes*PITCH     + 16*(lane%lanes);
+    }
+    // byte of row j's cell in its raw row
+    __device__ __forceinline__ int begin(int j) const { return n16 ? skew : ((int) (uintptr_t) cells + j*nb1) & 3; }
+
+    // rows [j0, j0 + KEYS) below end
+    __device__ __forceinline__ void load(char * raw, int j0, int end, int lane) const {
+        const char * base = cells + (int64_t) j0*nb1;
+        if (n16) {
+            const char * src = base + from;
+            char       * dst = raw + to;
+            const int  rows = WARP_SIZE/lanes;
+            const int  last = lane%lanes < n16 ? end - j0 - lane/lanes : 0;
+            if (KEYS == 16 && lanes == 4 && end - j0 >= KEYS) {
+                if (lane%4 < n16) {
+                    copy_async16(dst, src);
+                    copy_async16(dst + 8*PITCH, src + 8*nb1);
+                }
+            } else {
+#pragma unroll 1
+                for (int r = 0; r < KEYS; r += rows) {
+                    if (r < last) {
+                        copy_async16(dst, src);
+                    }
+                    src += rows*nb1;
+                    dst += rows*PITCH;
                 }
             }
-            continue;
-        }
+        } else {
 #pragma unroll 1
-        for (int r = 0; r < TILE; r += THREADS/16) {
-            const int skew = (int) (uintptr_t) at & 3; // 4*w does not change it
-            if (r + r0 < n && 4*w - skew < size) {
-                copy_async4(dst + r*RAW, at - skew);
+            for (int r = lane/16; r < KEYS && j0 + r < end; r += 2) {
+                const char * src  = base + r*nb1;
+                const int    skew = (int) (uintptr_t) src & 3;
+#pragma unroll 1
+                for (int w = 4*(lane%16); w - skew < size; w += 64) {
+                    copy_async4(raw + r*PITCH + w, src - skew + w);
+                }
             }
-            at += (THREADS/16)*nb1;
         }
+        copy_commit();
     }
-}
+};
 
 SEQKV_FN int64_t part_index(const seqkv_view & a, const seqkv_parts & parts, int s, int h, int iq, int part) {
     return (((int64_t) s*a.n_tokens + iq/a.group)*a.n_head + h*a.group + iq%a.group)*parts.n_parts + part;
 }
 
-// Exact rows [j0, j0 + EXACT) of one KV head: plain float arithmetic
-template <int D, int MT>
-static __device__ void exact_part(const seqkv_view & a, const seqkv_parts & parts, float * smem, int s, int h, int j0, int part) {
+// Exact rows [j0, j0 + EXACT) of one KV head for queries [q0, q0 + nq): plain float arithmetic
+template <int D>
+static __device__ void exact_part(const seqkv_view & a, const seqkv_parts & parts, float * smem, int s, int h, int q0, int nq, int j0, int part) {
     constexpr int KD = D/WARP_SIZE, ND = (D + THREADS - 1)/THREADS, KR = EXACT/WARPS;
-    const int nq = a.n_tokens*a.group;
     const int warp = threadIdx.x/WARP_SIZE, lane = threadIdx.x%WARP_SIZE;
     const int n = min(EXACT, a.n_virt - j0);
-    float * q     = smem;                 // (nq, D)
-    float * logit = q + 8*MT*D;           // (nq, EXACT): logits, then p
+    float * q     = smem;       // (nq, D)
+    float * logit = q + nq*D;   // (nq, EXACT): logits, then p
     const int32_t * meta = a.meta + (int64_t) s*a.n_virt + j0;
 
     // everything that is read, at once
     for (int i = threadIdx.x; i < nq*(D/4); i += THREADS) {
-        const int iq = i/(D/4);
+        const int iq = q0 + i/(D/4);
         ((float4 *) q)[i] = ((const float4 *) a.query(s, iq/a.group, h*a.group + iq%a.group))[i%(D/4)];
     }
     float k[KR][KD], other[KR][KD];
@@ -407,7 +435,7 @@ static __device__ void exact_part(const seqkv_view & a, const seqkv_parts & part
     }
     __syncthreads();
     for (int iq = 0; iq < nq; ++iq) {
-        const int token = iq/a.group;
+        const int token = (q0 + iq)/a.group;
 #pragma unroll
         for (int e = 0; e < KR; ++e) {
             const int r = warp + e*WARPS;
@@ -433,12 +461,12 @@ static __device__ void exact_part(const seqkv_view & a, const seqkv_parts & part
             logit[iq*EXACT + threadIdx.x%EXACT] = p;
         }
         if (iq < nq && threadIdx.x%EXACT == 0) {
-            parts.ml[part_index(a, parts, s, h, iq, part)] = make_float2(m, l);
+            parts.ml[part_index(a, parts, s, h, q0 + iq, part)] = make_float2(m, l);
         }
     }
     __syncthreads();
     for (int iq = 0; iq < nq; ++iq) {
-        const int64_t at = part_index(a, parts, s, h, iq, part)*D;
+        const int64_t at = part_index(a, parts, s, h, q0 + iq, part)*D;
 #pragma unroll
         for (int c = 0; c < ND; ++c) {
             float sum = 0.0f;
@@ -453,391 +481,494 @@ static __device__ void exact_part(const seqkv_view & a, const seqkv_parts & part
     }
 }
 
-// blockIdx: (part, KV head, stream). D: head_dim of keys and values, MT: tiles of 8 queries.
-template <int D, int MT>
-static __global__ void __launch_bounds__(THREADS, MT == 1 && D <= 128 ? 6 : 1) decode_kernel(seqkv_view a, frame_queries f, seqkv_parts parts) {
-    using smem_t = decode_smem<D>;
-    constexpr int NB = smem_t::NB, LDK = smem_t::LDK, LDV = smem_t::LDV, LDP = smem_t::LDP, RAW = smem_t::RAW;
-    constexpr int SLABS = (D + 127)/128;               // slabs of 32 dims of a warp
-    constexpr int KEY_PARTS = D == 64 ? 2 : 1;         // warps that share a slab, each with its half of the keys
+// blockIdx: (part, KV head, stream x chunk of 4*NT queries). D: head_dim of keys and values.
+template <int D, int NT>
+static __global__ void __launch_bounds__(THREADS, D == 256 || NT == 4 ? 2 : NT == 2 ? 3 : 4) decode_kernel(seqkv_view a, frame_queries f, seqkv_parts parts, int n_chunks) {
+    using smem_t = warp_smem<D, NT>;
+    constexpr int NB = smem_t::NB, KEYS = smem_t::KEYS, PITCH = smem_t::PITCH, LD = smem_t::LD;
+    constexpr int STEPS = TILE/KEYS, MT = KEYS/16, DT = D/16;
+    constexpr bool SUMS = NT*D <= 256; // integer sums of values live as long as a tile
     extern __shared__ __align__(16) char smem_raw[];
-    smem_t & sm = *(smem_t *) smem_raw;
-    uint32_t * sm_q    = (uint32_t *) (smem_raw + (sizeof(smem_t) + 15)/16*16); // digits of one origin
-    float    * sm_pred  = (float *) (sm_q + MT*D*4);                            // (8*MT, 72)
-    float    * sm_scale = sm_pred + 8*MT*72;                                    // (8*MT)
 
     ggml_cuda_pdl_sync();
     ggml_cuda_pdl_lc();
-    const int h = blockIdx.y, s = blockIdx.z;
+    const int h = blockIdx.y, s = blockIdx.z/n_chunks, q0 = blockIdx.z%n_chunks*4*NT;
+    const int nq = a.n_tokens*a.group;
     if ((int) blockIdx.x >= parts.n_z) {
-        exact_part<D, MT>(a, parts, (float *) smem_raw, s, h, a.p.n_kv + (blockIdx.x - parts.n_z)*EXACT, blockIdx.x);
+        exact_part<D>(a, parts, (float *) smem_raw, s, h, q0, min(4*NT, nq - q0), a.p.n_kv + (blockIdx.x - parts.n_z)*EXACT, blockIdx.x);
         return;
     }
 
-    const int nq = a.n_tokens*a.group;
     const int warp = threadIdx.x/WARP_SIZE, lane = threadIdx.x%WARP_SIZE, g = lane/4, t = lane%4;
-    const bool dense = a.form_k == SEQKV_DENSE;
-    const int n_tiles = (a.p.n_kv + TILE - 1)/TILE;
-    const int tile0 = (int64_t) blockIdx.x*n_tiles/parts.n_z, tile1 = (int64_t) (blockIdx.x + 1)*n_tiles/parts.n_z;
+    smem_t & sm = ((smem_t *) smem_raw)[warp];
+    const bool  dense   = a.form_k == SEQKV_DENSE;
+    const int   n_tiles = (a.p.n_kv + TILE - 1)/TILE;
+    const int   tile0 = (int64_t) blockIdx.x*n_tiles/parts.n_z, tile1 = (int64_t) (blockIdx.x + 1)*n_tiles/parts.n_z;
     const int32_t * meta = a.meta + (int64_t) s*a.n_virt;
+    const int   block_k = a.size_k/NB, block_v = a.size_v/NB;
+    const float log2e = 1.44269504f;
 
-    for (int i = threadIdx.x; i < MT*D*4 + 8*MT*73; i += THREADS) {
-        sm_q[i] = 0; // rows without a query stay 0
-    }
-    const auto load_tile = [&](int tile) {
-        const int n = min(TILE, a.p.n_kv - tile*TILE);
-        load_raw<RAW>(sm.raw_k, a.cell_k(s, (int64_t) tile*TILE, h), a.k_nb1, a.size_k, n);
-        load_raw<RAW>(sm.raw_v, a.cell_v(s, (int64_t) tile*TILE, h), a.v_nb1, a.size_v, n);
+    const row_loader<KEYS, PITCH> rows_k(a.cell_k(s, 0, h), a.k_nb1, a.k_nb2, a.size_k, lane);
+    const row_loader<KEYS, PITCH> rows_v(a.cell_v(s, 0, h), a.v_nb1, a.v_nb2, a.size_v, lane);
+    const auto load_k = [&](int tile, int step) {
+        rows_k.load(sm.raw_k + (step & 1)*KEYS*PITCH, tile*TILE + step*KEYS, tile < tile1 ? a.p.n_kv : 0, lane);
     };
-    // a cell of a tile for this thread: its meta, and which tokens attend to it
-    int32_t next_meta = -1, next_seen = 0;
+    const auto load_v = [&](int tile, int step) {
+        rows_v.load(sm.raw_v + step*KEYS*PITCH, tile*TILE + step*KEYS, tile < tile1 ? a.p.n_kv : 0, lane);
+    };
+    const auto load_first = [&](int tile) {
+        load_k(tile, 0);
+        load_k(tile, 1);
+#pragma unroll 1
+        for (int step = 0; step < STEPS; ++step) {
+            load_v(tile, step);
+        }
+    };
+
+    // this lane's two cells of a tile, i = 0, 1: meta, and which tokens attend to it
+    int32_t next_meta[2];
+    int     next_seen[2];
     const auto load_meta = [&](int tile) {
-        const int j = tile*TILE + threadIdx.x;
-        next_seen = 0;
-        if (threadIdx.x < TILE && tile < tile1 && j < a.p.n_kv) {
-            next_meta = meta[j];
-            for (int i = 0; i < a.n_tokens; ++i) {
-                next_seen |= __half2float(a.mask_row(s, i)[j]) == 0.0f ? 1 << i : 0;
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            const int j = tile*TILE + 32*i + lane;
+            next_meta[i] = -1;
+            next_seen[i] = 0;
+            if (tile < tile1 && j < a.p.n_kv) {
+                next_meta[i] = meta[j];
+#pragma unroll 1
+                for (int k = 0; k < a.n_tokens; ++k) {
+                    next_seen[i] |= __half2float(a.mask_row(s, k)[j]) == 0.0f ? 1 << k : 0;
+                }
             }
         }
     };
+
+    // the queries in the frame of an origin
+    int   at = -1;
+    uint4 digits[NT][NB];
+    float scale[NT];
+    const float * pred = nullptr;
     const auto load_queries = [&](int origin) {
         const int64_t index = f.index(a, s, origin - SEQKV_FRAME, h);
-        const uint4 * digits = (const uint4 *) digits_of<D>(f, index, MT);
-        for (int i = threadIdx.x; i < MT*D; i += THREADS) {
-            if (i/D*8 + i%32/4 < nq) {
-                copy_async16((uint4 *) sm_q + i, digits + i);
+        const uint4 * from  = (const uint4 *) digits_of<D>(f, index) + q0/4*NB*WARP_SIZE + lane;
+#pragma unroll
+        for (int n = 0; n < NT; ++n) {
+            const bool used = q0 + 4*n < nq;
+#pragma unroll
+            for (int b = 0; b < NB; ++b) {
+                digits[n][b] = used ? from[(n*NB + b)*WARP_SIZE] : make_uint4(0, 0, 0, 0);
             }
+            scale[n] = q0 + 4*n + t < nq ? f.scale[index*4*f.n4 + q0 + 4*n + t] : 0.0f;
         }
-        if (threadIdx.x < 8*MT && threadIdx.x < nq) {
-            copy_async4(sm_scale + threadIdx.x, f.scale + index*8*MT + threadIdx.x);
-        }
-        if (dense) {
-            for (int i = threadIdx.x; i < nq*16; i += THREADS) {
-                copy_async16(sm_pred + i/16*72 + i%16*4, f.pred + index*8*MT*SEQKV_FRAME + 4*i);
-            }
-        }
+        pred = f.pred + (index*4*f.n4 + q0 + t)*SEQKV_FRAME;
+        at   = origin;
     };
+    int  seen[NT]; // bit of this lane's query in a cell's word
+#pragma unroll
+    for (int n = 0; n < NT; ++n) {
+        seen[n] = q0 + 4*n + t < nq ? 256 << (q0 + 4*n + t)/a.group : 0;
+    }
 
-    float m[MT], l[MT];
-    float acc[MT][SLABS][4][2];
+    float m[NT], l[NT];
+    float acc[NT][DT][2];
 #pragma unroll
-    for (int i = 0; i < MT; ++i) {
-        m[i] = -INFINITY;
-        l[i] = 0.0f;
+    for (int n = 0; n < NT; ++n) {
+        m[n] = -INFINITY;
+        l[n] = 0.0f;
 #pragma unroll
-        for (int j = 0; j < SLABS*4; ++j) {
-            acc[i][j/4][j%4][0] = acc[i][j/4][j%4][1] = 0.0f;
+        for (int i = 0; i < DT; ++i) {
+            acc[n][i][0] = acc[n][i][1] = 0.0f;
         }
     }
 
-    if (tile0 < tile1) {
-        load_tile(tile0);
-    }
-    load_meta(tile0);
-    for (int tile = tile0; tile < tile1; ++tile) {
-        if (threadIdx.x < TILE) {
-            const int origin = next_seen == 0 ? -1 : next_meta >> 8;
-            sm.cell  [threadIdx.x] = (next_meta & 63) | (origin < 0 ? 0 : next_seen << 8);
-            sm.origin[threadIdx.x] = origin;
-            int first = origin < 0 ? INT_MAX : origin, last = origin;
-            for (int i = 16; i > 0; i /= 2) {
-                first = min(first, __shfl_xor_sync(0xffffffff, first, i));
-                last  = max(last,  __shfl_xor_sync(0xffffffff, last,  i));
-            }
-            if (lane == 0) {
-                sm.first[warp] = first;
-                sm.last [warp] = last;
-            }
+    load_first(tile0 + warp);
+    load_meta (tile0 + warp);
+    for (int tile = tile0 + warp; tile < tile1; tile += WARPS) {
+        int cell[2], origin[2]; // offset | tokens that attend to it << 8; -1: none does
+        int first = INT_MAX, last = -1;
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            origin[i] = next_seen[i] == 0 ? -1 : next_meta[i] >> 8;
+            cell[i]   = (next_meta[i] & 63) | (origin[i] < 0 ? 0 : next_seen[i] << 8);
+            first = min(first, origin[i] < 0 ? INT_MAX : origin[i]);
+            last  = max(last, origin[i]);
         }
-        copy_wait();
-        __syncthreads();
-        int       origin = min(sm.first[0], sm.first[1]);
-        const int last   = max(sm.last [0], sm.last [1]);
-        const bool one_origin = origin == last;
+        load_meta(tile + WARPS);
+#pragma unroll
+        for (int i = 16; i > 0; i /= 2) {
+            first = min(first, __shfl_xor_sync(0xffffffff, first, i));
+            last  = max(last,  __shfl_xor_sync(0xffffffff, last,  i));
+        }
         if (last < 0) { // nothing attended to
-            __syncthreads();
-            load_meta(tile + 1);
-            if (tile + 1 < tile1) {
-                load_tile(tile + 1);
-            }
+            copy_wait();
+            __syncwarp();
+            load_first(tile + WARPS);
             continue;
         }
-        load_queries(origin);
+        const bool one_origin = first == last;
+        if (at != first) {
+            load_queries(first); // long before they are needed
+        }
 
-        // levels and gains
+        // scores
 #pragma unroll 1
-        for (int item = threadIdx.x; item < 2*NB*TILE; item += THREADS) {
-            const int r = item%TILE, b = item/TILE%NB;
-            uint32_t out[16];
-            float    factor[3];
-            if (item < NB*TILE) {
-                const int byte = (int) ((uintptr_t) a.cell_k(s, (int64_t) tile*TILE + r, h) & 3) + b*(a.size_k/NB);
-                decode_any(a.bits_k, a.graded_k, sm.raw_k + r*RAW, byte, out, factor);
-                const bool used = sm.origin[r] >= 0;
+        for (int step = 0; step < STEPS; ++step) {
+            int   c2[MT][2], o2[MT][2]; // keys g and g + 8 of each 16: cell, origin, prediction if it is the first origin's
+            float pred2[NT][MT][2];
 #pragma unroll
-                for (int i = 0; i < 3; ++i) {
-                    sm.gain_k[(3*b + i)*TILE + r] = used ? factor[i] : 0.0f;
+            for (int mt = 0; mt < MT; ++mt) {
+                const int j0 = step*KEYS + 16*mt;
+#pragma unroll
+                for (int e = 0; e < 2; ++e) {
+                    const int from = (j0 & 31) + g + 8*e;
+                    c2[mt][e] = __shfl_sync(0xffffffff, j0 < 32 ? cell[0] : cell[1], from);
+                    o2[mt][e] = one_origin ? first : __shfl_sync(0xffffffff, j0 < 32 ? origin[0] : origin[1], from);
+#pragma unroll
+                    for (int n = 0; n < NT; ++n) {
+                        pred2[n][mt][e] = dense ? pred[4*n*SEQKV_FRAME + (c2[mt][e] & 63)] : 0.0f;
+                    }
                 }
+            }
+            if (step < 2) {
+                copy_wait_but<STEPS + 1>(); // the next step, and the values
+            } else {
+                copy_wait_but<1>();
+            }
+            __syncwarp();
+#pragma unroll
+            for (int pass = 0; pass < KEYS*NB/WARP_SIZE; ++pass) {
+                const int key = lane%KEYS, b = lane/KEYS + pass*(WARP_SIZE/KEYS);
+                uint32_t out[16];
+                float    factor[3];
+                decode_any(a.bits_k, a.graded_k, (const uint32_t *) (sm.raw_k + ((step & 1)*KEYS + key)*PITCH),
+                    rows_k.begin(tile*TILE + step*KEYS + key) + b*block_k, out, factor);
 #pragma unroll
                 for (int i = 0; i < 4; ++i) {
-                    *(uint4 *) (sm.k + r*LDK + 64*b + 16*i) = make_uint4(out[4*i], out[4*i + 1], out[4*i + 2], out[4*i + 3]);
-                }
-            } else {
-                const int byte = (int) ((uintptr_t) a.cell_v(s, (int64_t) tile*TILE + r, h) & 3) + b*(a.size_v/NB);
-                decode_any(a.bits_v, 0, sm.raw_v + r*RAW, byte, out, factor);
-                const float gain = sm.origin[r] >= 0 ? factor[0] : 0.0f;
-                const float max  = warp_reduce_max(gain);
-                sm.gain_v[b*TILE + r] = gain;
-                if (lane == 0) {
-                    sm.max_v[2*b + r/WARP_SIZE] = max;
+                    *(uint4 *) (sm.level + key*LD + 64*b + 16*i) = make_uint4(out[4*i], out[4*i + 1], out[4*i + 2], out[4*i + 3]);
                 }
 #pragma unroll
-                for (int i = 0; i < 8; ++i) {
-                    *(uint2 *) (sm.v + r*LDV + 64*b + 8*i) = make_uint2(out[2*i], out[2*i + 1]);
+                for (int i = 0; i < 3; ++i) {
+                    sm.gain[(3*b + i)*KEYS + (key & ~15) + 2*(key & 7) + (key >> 3 & 1)] = factor[i];
                 }
             }
-        }
-        copy_wait();
-        __syncthreads();
-        load_meta(tile + 1);
-        if (tile + 1 < tile1) {
-            load_tile(tile + 1);
-        }
+            __syncwarp();
+            load_k(step + 2 < STEPS ? tile : tile + WARPS, (step + 2)%STEPS);
 
-        // scores: this warp's 16 keys, one pass for each origin in the tile
-        float sc[MT][2][2];
 #pragma unroll
-        for (int i = 0; i < MT*4; ++i) {
-            sc[i/4][i/2%2][i%2] = -INFINITY;
-        }
-        while (true) {
+            for (int mt = 0; mt < MT; ++mt) {
+                const int j0 = step*KEYS + 16*mt; // of the tile
+                float2 score[NT];
 #pragma unroll
-            for (int i = 0; i < MT; ++i) {
-                const int   iq     = 8*i + g;
-                const float factor = sm_scale[iq];
-                const int   seen   = iq < nq ? 256 << iq/a.group : 0;
+                for (int n = 0; n < NT; ++n) {
+                    score[n] = make_float2(-INFINITY, -INFINITY);
+                }
+                int o = first;
+                while (true) {
+                    if (!one_origin) { // the next origin of these keys
+                        int next = INT_MAX;
+                        if (o2[mt][0] >= o) { next = o2[mt][0]; }
+                        if (o2[mt][1] >= o) { next = min(next, o2[mt][1]); }
 #pragma unroll
-                for (int n = 0; n < 2; ++n) {
-                    const int key = 16*warp + 8*n;
-                    const int8_t * row = sm.k + (key + g)*LDK + 4*t;
-                    float sum0 = 0.0f, sum1 = 0.0f;
+                        for (int i = 16; i > 0; i /= 2) {
+                            next = min(next, __shfl_xor_sync(0xffffffff, next, i));
+                        }
+                        if (next == INT_MAX) {
+                            break;
+                        }
+                        o = next;
+                    }
+                    if (at != o) {
+                        load_queries(o);
+#pragma unroll
+                        for (int n = 0; n < NT; ++n) {
+#pragma unroll
+                            for (int e = 0; e < 2; ++e) {
+                                pred2[n][mt][e] = dense ? pred[4*n*SEQKV_FRAME + (c2[mt][e] & 63)] : 0.0f;
+                            }
+                        }
+                    }
+                    float sum[NT][2];
+#pragma unroll
+                    for (int n = 0; n < NT; ++n) {
+                        sum[n][0] = sum[n][1] = 0.0f;
+                    }
 #pragma unroll
                     for (int b = 0; b < NB; ++b) {
-                        const uint4 q0 = ((const uint4 *) sm_q)[(i*2*NB + 2*b)*32 + lane];
-                        const uint4 q1 = ((const uint4 *) sm_q)[(i*2*NB + 2*b + 1)*32 + lane];
-                        const uint32_t q[8] = { q0.x, q0.y, q0.z, q0.w, q1.x, q1.y, q1.z, q1.w };
-                        int c[3][4] = {{ 0 }};
-                        mma_s8_k16(c[0], q,     *(const uint32_t *) (row + 64*b));
-                        mma_s8_k16(c[1], q + 2, *(const uint32_t *) (row + 64*b + 16));
-                        mma_s8_k32(c[2], q + 4, *(const uint32_t *) (row + 64*b + 32), *(const uint32_t *) (row + 64*b + 48));
+                        uint32_t k0[4], k1[4];
+                        const int8_t * row = sm.level + (16*mt + lane%16)*LD + 64*b + lane/16*16;
+                        load_a(k0, row);
+                        load_a(k1, row + 32);
+                        const float2 gain0 = *(const float2 *) (sm.gain + (3*b    )*KEYS + 16*mt + 2*g);
+                        const float2 gain1 = *(const float2 *) (sm.gain + (3*b + 1)*KEYS + 16*mt + 2*g);
+                        const float2 gain2 = *(const float2 *) (sm.gain + (3*b + 2)*KEYS + 16*mt + 2*g);
 #pragma unroll
-                        for (int k = 0; k < 3; ++k) {
-                            const float2 gain = *(const float2 *) (sm.gain_k + (3*b + k)*TILE + key + 2*t);
-                            sum0 += gain.x*(float) (128*c[k][0] + c[k][2]);
-                            sum1 += gain.y*(float) (128*c[k][1] + c[k][3]);
+                        for (int n = 0; n < NT; ++n) {
+                            int c[3][4] = {{ 0 }};
+                            mma_s8_k16(c[0], k0,     digits[n][b].x);
+                            mma_s8_k16(c[1], k0 + 2, digits[n][b].y);
+                            mma_s8_k32(c[2], k1,     digits[n][b].z, digits[n][b].w);
+                            sum[n][0] += gain0.x*(float) (128*c[0][0] + c[0][1]) + gain1.x*(float) (128*c[1][0] + c[1][1]) + gain2.x*(float) (128*c[2][0] + c[2][1]);
+                            sum[n][1] += gain0.y*(float) (128*c[0][2] + c[0][3]) + gain1.y*(float) (128*c[1][2] + c[1][3]) + gain2.y*(float) (128*c[2][2] + c[2][3]);
                         }
                     }
-                    const float sum[2] = { sum0, sum1 };
 #pragma unroll
-                    for (int e = 0; e < 2; ++e) {
-                        const int j    = key + 2*t + e;
-                        const int cell = sm.cell[j];
-                        if ((cell & seen) && (one_origin || sm.origin[j] == origin)) {
-                            sc[i][n][e] = seqkv_logit(factor*sum[e] + (dense ? sm_pred[iq*72 + (cell & 63)] : 0.0f), a.p);
-                        }
+                    for (int n = 0; n < NT; ++n) {
+                        const float x = log2e*seqkv_logit(scale[n]*sum[n][0] + pred2[n][mt][0], a.p);
+                        const float y = log2e*seqkv_logit(scale[n]*sum[n][1] + pred2[n][mt][1], a.p);
+                        score[n].x = (c2[mt][0] & seen[n]) && o2[mt][0] == o ? x : score[n].x;
+                        score[n].y = (c2[mt][1] & seen[n]) && o2[mt][1] == o ? y : score[n].y;
                     }
+                    if (one_origin || o == last) {
+                        break;
+                    }
+                    ++o;
+                }
+#pragma unroll
+                for (int n = 0; n < NT; ++n) {
+                    sm.score[(n*4 + j0/16)*WARP_SIZE + lane] = score[n];
                 }
             }
-            if (origin == last) {
-                break;
-            }
-            __syncthreads();
-            if (threadIdx.x == 0) {
-                sm.next = INT_MAX;
-            }
-            __syncthreads();
-            if (threadIdx.x < TILE && sm.origin[threadIdx.x] > origin) {
-                atomicMin(&sm.next, sm.origin[threadIdx.x]);
-            }
-            __syncthreads();
-            origin = sm.next;
-            load_queries(origin);
-            copy_wait();
-            __syncthreads();
+            __syncwarp(); // levels and gains are done with
         }
 
-        // softmax and digits of p*gain, MT tiles one after the other
+        // gains of the values
+        copy_wait_but<2>();
+        __syncwarp();
+        float max_v[NB];
 #pragma unroll
-        for (int i = 0; i < MT; ++i) {
-            float max = fmaxf(fmaxf(sc[i][0][0], sc[i][0][1]), fmaxf(sc[i][1][0], sc[i][1][1]));
-            max = fmaxf(max, __shfl_xor_sync(0xffffffff, max, 1));
-            max = fmaxf(max, __shfl_xor_sync(0xffffffff, max, 2));
-            if (t == 0) {
-                sm.max_s[warp*8 + g] = max;
+        for (int b = 0; b < NB; ++b) {
+            max_v[b] = 0.0f;
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+                const int  key = 32*i + lane;
+                const int  raw = (uint8_t) sm.raw_v[key*PITCH + rows_v.begin(tile*TILE + key) + b*block_v];
+                const float gain = origin[i] < 0 ? 0.0f : gain_of(raw, 1.0f/SEQKV_GAIN_STEPS, SEQKV_GAIN_BIAS);
+                sm.gain[b*TILE + (key & ~15) + 2*(key & 7) + (key >> 3 & 1)] = gain;
+                max_v[b] = fmaxf(max_v[b], gain);
             }
-            __syncthreads();
-            const float m_tile = fmaxf(fmaxf(sm.max_s[g], sm.max_s[8 + g]), fmaxf(sm.max_s[16 + g], sm.max_s[24 + g]));
-            const float m_new  = fmaxf(m[i], m_tile);
-            const float f_old  = m[i]   == -INFINITY ? 0.0f : __expf(m[i]   - m_new);
-            const float f_tile = m_tile == -INFINITY ? 0.0f : __expf(m_tile - m_new);
-            m[i] = m_new;
+            max_v[b] = warp_reduce_max(max_v[b]);
+        }
+
+        // softmax; the scores are read before p is written over them
+        float p[NT][4][2], f_old[NT];
+#pragma unroll
+        for (int n = 0; n < NT; ++n) {
+            float max = -INFINITY;
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const float2 x = sm.score[(n*4 + i)*WARP_SIZE + lane];
+                p[n][i][0] = x.x;
+                p[n][i][1] = x.y;
+                max = fmaxf(max, fmaxf(x.x, x.y));
+            }
+#pragma unroll
+            for (int i = 4; i < WARP_SIZE; i *= 2) {
+                max = fmaxf(max, __shfl_xor_sync(0xffffffff, max, i));
+            }
+            max = fmaxf(max, m[n]);
+            const float base = max == -INFINITY ? 0.0f : max;
+            f_old[n] = exp2f(m[n] - base);
+            m[n] = max;
             float sum = 0.0f;
 #pragma unroll
-            for (int n = 0; n < 2; ++n) {
-                float p[2];
+            for (int i = 0; i < 4; ++i) {
 #pragma unroll
                 for (int e = 0; e < 2; ++e) {
-                    p[e] = sc[i][n][e] == -INFINITY ? 0.0f : __expf(sc[i][n][e] - m_tile);
-                    sum += p[e];
-                }
-#pragma unroll
-                for (int b = 0; b < NB; ++b) {
-                    const float  max_v = fmaxf(sm.max_v[2*b], sm.max_v[2*b + 1]);
-                    const float  inv   = max_v > 0.0f ? DIGITS/max_v : 0.0f;
-                    const float2 gain  = *(const float2 *) (sm.gain_v + b*TILE + 16*warp + 8*n + 2*t);
-                    const int x = __float2int_rn(p[0]*(gain.x*inv)), y = __float2int_rn(p[1]*(gain.y*inv));
-                    const int u = (x + 64) >> 7, v = (y + 64) >> 7;
-                    int8_t * dst = sm.p + (b*16 + g)*LDP + 16*warp + 8*n + 2*t;
-                    *(uint16_t *) dst           = (uint16_t) ((u & 255) | (v & 255) << 8);
-                    *(uint16_t *) (dst + 8*LDP) = (uint16_t) (((x - 128*u) & 255) | ((y - 128*v) & 255) << 8);
+                    p[n][i][e] = exp2f(p[n][i][e] - base);
+                    sum += p[n][i][e];
                 }
             }
-            l[i] = l[i]*f_old + sum*f_tile;
-            __syncthreads();
+            l[n] = l[n]*f_old[n] + sum;
+        }
+        __syncwarp();
+        const int place = 32*t + 4*(g & 3) + 2*(g >> 2); // of keys g and g + 8 in a B fragment, upper byte of query t
+        float f_v[NB];
+#pragma unroll
+        for (int b = 0; b < NB; ++b) {
+            const float inv = max_v[b] > 0.0f ? BYTES/max_v[b] : 0.0f;
+            f_v[b] = max_v[b]*(seqkv_scale_of(a.bits_v)/BYTES);
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const float2 gain = *(const float2 *) (sm.gain + b*TILE + 16*i + 2*g);
+                const float  x = gain.x*inv, y = gain.y*inv;
+#pragma unroll
+                for (int n = 0; n < NT; ++n) { // 2^23 + an integer
+                    const uint32_t u = __float_as_uint(fmaf(p[n][i][0], x, 8388608.0f)), v = __float_as_uint(fmaf(p[n][i][1], y, 8388608.0f));
+                    uint8_t * dst = sm.p + ((n*NB + b)*4 + i)*128 + place;
+                    *(uint16_t *) dst        = (uint16_t) seqkv_prmt(u, v, 0x0051);
+                    *(uint16_t *) (dst + 16) = (uint16_t) seqkv_prmt(u, v, 0x0040);
+                }
+            }
+        }
 
-            // values
+        // values
+        int c[SUMS ? NT : 1][SUMS ? DT : 1][4] = {{{ 0 }}};
 #pragma unroll
-            for (int sl = 0; sl < SLABS; ++sl) {
-                const int slab = D == 64 ? warp%2 : SLABS*warp + sl;
-                const int b    = slab/2;
-                const float f_v = f_tile*fmaxf(sm.max_v[2*b], sm.max_v[2*b + 1])*(1.0f/DIGITS);
-                int c[4][4] = {{ 0 }};
+        for (int n = 0; n < NT; ++n) {
 #pragma unroll
-                for (int ks = 0; ks < 2/KEY_PARTS; ++ks) {
-                    const int k0 = 32*(KEY_PARTS == 2 ? warp/2 : ks);
-                    uint32_t pa[4], vb[2][4];
+            for (int i = 0; i < DT; ++i) {
+                acc[n][i][0] *= f_old[n];
+                acc[n][i][1] *= f_old[n];
+            }
+        }
+#pragma unroll 1
+        for (int step = 0; step < STEPS; ++step) {
 #pragma unroll
-                    for (int j = 0; j < 4; ++j) {
-                        pa[j] = *(const uint32_t *) (sm.p + (b*16 + g + 8*(j & 1))*LDP + k0 + 4*t + 16*(j >> 1));
+            for (int pass = 0; pass < KEYS*NB/WARP_SIZE; ++pass) {
+                const int key = lane%KEYS, b = lane/KEYS + pass*(WARP_SIZE/KEYS);
+                uint32_t out[16];
+                decode_levels(a.bits_v, (const uint32_t *) (sm.raw_v + (step*KEYS + key)*PITCH), rows_v.begin(tile*TILE + step*KEYS + key) + b*block_v, out);
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    *(uint4 *) (sm.level + key*LD + 64*b + 16*i) = make_uint4(out[4*i], out[4*i + 1], out[4*i + 2], out[4*i + 3]);
+                }
+            }
+            __syncwarp();
+            load_v(tile + WARPS, step);
+#pragma unroll
+            for (int mt = 0; mt < MT; ++mt) {
+                uint32_t pb[NT][NB];
+#pragma unroll
+                for (int n = 0; n < NT; ++n) {
+#pragma unroll
+                    for (int b = 0; b < NB; ++b) {
+                        pb[n][b] = *(const uint32_t *) (sm.p + ((n*NB + b)*4 + step*MT + mt)*128 + 4*lane);
                     }
+                }
+                // rows 2i and 2i + 1 of a matrix are keys i and i + 8, so that a register has the keys of one place of p
+                const int8_t * row = sm.level + (16*mt + (lane >> 1 & 3) + 8*(lane & 1) + 4*(lane >> 3 & 1))*LD + (lane >> 4)*16;
 #pragma unroll
-                    for (int e = 0; e < 2; ++e) {
-                        uint32_t r[4];
+                for (int i = 0; i < DT; i += 2) {
+                    uint32_t r[4];
+                    load_transposed(r, row + 16*i);
+                    const uint32_t v0[2] = { seqkv_prmt(r[0], r[1], 0x6420), seqkv_prmt(r[0], r[1], 0x7531) };
+                    const uint32_t v1[2] = { seqkv_prmt(r[2], r[3], 0x6420), seqkv_prmt(r[2], r[3], 0x7531) };
 #pragma unroll
-                        for (int j = 0; j < 4; ++j) {
-                            r[j] = *(const uint32_t *) (sm.v + (k0 + 16*e + 4*t + j)*LDV + 32*slab + 4*g);
+                    for (int n = 0; n < NT; ++n) {
+                        if (SUMS) {
+                            mma_s8u8_k16(c[n][i],     v0, pb[n][i/4]);
+                            mma_s8u8_k16(c[n][i + 1], v1, pb[n][i/4]);
+                        } else {
+                            int x[2][4] = {{ 0 }};
+                            mma_s8u8_k16(x[0], v0, pb[n][i/4]);
+                            mma_s8u8_k16(x[1], v1, pb[n][i/4]);
+#pragma unroll
+                            for (int e = 0; e < 2; ++e) {
+                                acc[n][i + e][0] += f_v[i/4]*(float) (256*x[e][0] + x[e][1]);
+                                acc[n][i + e][1] += f_v[i/4]*(float) (256*x[e][2] + x[e][3]);
+                            }
                         }
-                        const uint32_t x0 = seqkv_prmt(r[0], r[1], 0x5140), x1 = seqkv_prmt(r[2], r[3], 0x5140);
-                        const uint32_t x2 = seqkv_prmt(r[0], r[1], 0x7362), x3 = seqkv_prmt(r[2], r[3], 0x7362);
-                        vb[e][0] = seqkv_prmt(x0, x1, 0x5410);
-                        vb[e][1] = seqkv_prmt(x0, x1, 0x7632);
-                        vb[e][2] = seqkv_prmt(x2, x3, 0x5410);
-                        vb[e][3] = seqkv_prmt(x2, x3, 0x7632);
                     }
-#pragma unroll
-                    for (int j = 0; j < 4; ++j) {
-                        mma_s8_k32(c[j], pa, vb[0][j], vb[1][j]);
-                    }
-                }
-#pragma unroll
-                for (int j = 0; j < 4; ++j) {
-                    acc[i][sl][j][0] = acc[i][sl][j][0]*f_old + f_v*(float) (128*c[j][0] + c[j][2]);
-                    acc[i][sl][j][1] = acc[i][sl][j][1]*f_old + f_v*(float) (128*c[j][1] + c[j][3]);
                 }
             }
-            if (i + 1 < MT) {
-                __syncthreads();
+            __syncwarp();
+        }
+        if (SUMS) {
+#pragma unroll
+            for (int n = 0; n < NT; ++n) {
+#pragma unroll
+                for (int i = 0; i < DT; ++i) {
+                    acc[n][i][0] += f_v[i/4]*(float) (256*c[n][i][0] + c[n][i][1]);
+                    acc[n][i][1] += f_v[i/4]*(float) (256*c[n][i][2] + c[n][i][3]);
+                }
             }
         }
     }
 
+    // the warps' sums -> one part
     copy_wait();
+    __shared__ float warp_m[WARPS][4*NT], warp_l[WARPS][4*NT];
+#pragma unroll
+    for (int n = 0; n < NT; ++n) {
+        float sum = l[n];
+#pragma unroll
+        for (int i = 4; i < WARP_SIZE; i *= 2) {
+            sum += __shfl_xor_sync(0xffffffff, sum, i);
+        }
+        if (g == 0) {
+            warp_m[warp][4*n + t] = m[n];
+            warp_l[warp][4*n + t] = sum;
+        }
+    }
     __syncthreads();
-    float * sum = (float *) smem_raw; // (WARPS, 8) of l, then (2, 8, 64) of acc for D = 64
+    float * all = (float *) smem_raw; // (WARPS, 4*NT, D)
+    static_assert(4*NT*D*sizeof(float) <= sizeof(smem_t), "sums of a warp");
 #pragma unroll
-    for (int i = 0; i < MT; ++i) {
-        float li = l[i] + __shfl_xor_sync(0xffffffff, l[i], 1);
-        li += __shfl_xor_sync(0xffffffff, li, 2);
-        if (t == 0) {
-            sum[warp*8 + g] = li;
+    for (int n = 0; n < NT; ++n) {
+        float max = warp_m[0][4*n + t];
+#pragma unroll
+        for (int w = 1; w < WARPS; ++w) {
+            max = fmaxf(max, warp_m[w][4*n + t]);
         }
-        if (KEY_PARTS == 2) {
+        const float x = m[n] == -INFINITY ? 0.0f : exp2f(m[n] - max);
 #pragma unroll
-            for (int j = 0; j < 4; ++j) {
-#pragma unroll
-                for (int e = 0; e < 2; ++e) {
-                    sum[64 + (warp/2*8 + g)*64 + 32*(warp%2) + 4*(2*t + e) + j] = acc[i][0][j][e];
-                }
-            }
+        for (int i = 0; i < DT; ++i) {
+            *(float2 *) (all + (warp*4*NT + 4*n + t)*D + 16*i + 2*g) = make_float2(x*acc[n][i][0], x*acc[n][i][1]);
         }
-        __syncthreads();
-        const int iq = 8*i + g;
-        if (iq < nq) {
-            const int64_t part = part_index(a, parts, s, h, iq, blockIdx.x);
-            if (warp == 0 && t == 0) {
-                parts.ml[part] = make_float2(m[i], sum[g] + sum[8 + g] + sum[16 + g] + sum[24 + g]);
-            }
-            if (KEY_PARTS == 2) {
-                for (int j = 4*warp + t; j < 64; j += 16) {
-                    parts.acc[part*D + j] = sum[64 + g*64 + j] + sum[64 + (8 + g)*64 + j];
-                }
-            } else {
+    }
+    __syncthreads();
+    for (int i = threadIdx.x; i < 4*NT*D && q0 + i/D < nq; i += THREADS) {
+        float sum = all[i];
 #pragma unroll
-                for (int sl = 0; sl < SLABS; ++sl) {
-#pragma unroll
-                    for (int e = 0; e < 2; ++e) {
-                        *(float4 *) (parts.acc + part*D + 32*(SLABS*warp + sl) + 4*(2*t + e)) =
-                            make_float4(acc[i][sl][0][e], acc[i][sl][1][e], acc[i][sl][2][e], acc[i][sl][3][e]);
-                    }
-                }
-            }
+        for (int w = 1; w < WARPS; ++w) {
+            sum += all[w*4*NT*D + i];
         }
-        __syncthreads();
+        parts.acc[part_index(a, parts, s, h, q0 + i/D, blockIdx.x)*D + i%D] = sum;
+    }
+    if (threadIdx.x < 4*NT && q0 + threadIdx.x < nq) {
+        float max = -INFINITY, sum = 0.0f;
+        for (int w = 0; w < WARPS; ++w) {
+            max = fmaxf(max, warp_m[w][threadIdx.x]);
+        }
+        for (int w = 0; w < WARPS; ++w) {
+            sum += warp_m[w][threadIdx.x] == -INFINITY ? 0.0f : warp_l[w][threadIdx.x]*exp2f(warp_m[w][threadIdx.x] - max);
+        }
+        parts.ml[part_index(a, parts, s, h, q0 + threadIdx.x, blockIdx.x)] = make_float2(max/log2e, sum);
     }
 }
 
-template <int D> static constexpr size_t decode_smem_bytes(int mt) {
-    return (sizeof(decode_smem<D>) + 15)/16*16 + mt*D*16 + 8*mt*73*sizeof(float);
-}
+template <int D, int NT> static constexpr size_t decode_smem_bytes() { return WARPS*sizeof(warp_smem<D, NT>); }
 
-template <int D, int MT>
+template <int D, int NT>
 static void decode_case(ggml_backend_cuda_context & ctx, const ggml_tensor * dst, const ggml_tensor * rows, bool overlap) {
     const seqkv_view a = seqkv_view_of(dst);
     cudaStream_t stream = ctx.stream();
 
+    const int nq       = a.n_tokens*a.group;
+    const int n_chunks = (nq + 4*NT - 1)/(4*NT);
     frame_queries f;
     f.n_frames = (int) dst->src[8]->ne[1] - SEQKV_FRAME;
-    const int64_t n = (int64_t) a.n_stream*f.n_frames*a.p.n_head_kv;
-    ggml_cuda_pool_alloc<uint32_t> digits(ctx.pool(), n*MT*D*4);
-    ggml_cuda_pool_alloc<float>    scale (ctx.pool(), n*MT*8);
-    ggml_cuda_pool_alloc<float>    pred  (ctx.pool(), a.form_k == SEQKV_DENSE ? n*MT*8*SEQKV_FRAME : 1);
+    f.n4       = n_chunks*NT;
+    const int64_t n = (int64_t) a.n_stream*f.n_frames*a.p.n_head_kv*f.n4;
+    ggml_cuda_pool_alloc<uint32_t> digits(ctx.pool(), n*D*2);
+    ggml_cuda_pool_alloc<float>    scale (ctx.pool(), n*4);
+    ggml_cuda_pool_alloc<float>    pred  (ctx.pool(), a.form_k == SEQKV_DENSE ? n*4*SEQKV_FRAME : 1);
     f.digits = digits.get();
     f.scale  = scale.get();
     f.pred   = pred.get();
 
-    const int nq = a.n_tokens*a.group;
     const size_t     smem_q = query_smem(D, nq);
-    constexpr size_t smem   = decode_smem_bytes<D>(MT);
-    static_assert(8*MT*(D + EXACT)*sizeof(float) <= smem, "exact rows work in the same memory");
-    CUDA_SET_SHARED_MEMORY_LIMIT((queries_kernel<D>), query_smem(D, 8*MAX_MT));
-    CUDA_SET_SHARED_MEMORY_LIMIT((decode_kernel<D, MT>), smem);
+    constexpr size_t smem   = decode_smem_bytes<D, NT>();
+    static_assert(4*NT*(D + EXACT)*sizeof(float) <= smem, "exact rows work in the same memory");
+    CUDA_SET_SHARED_MEMORY_LIMIT((queries_kernel<D>), query_smem(D, MAX_NQ));
+    CUDA_SET_SHARED_MEMORY_LIMIT((decode_kernel<D, NT>), smem);
 
     const int nsm    = ggml_cuda_info().devices[ctx.device].nsm;
     const int frames = query_rows(D)/nq; // of a block at a time
     const int groups = std::min((f.n_frames + frames - 1)/frames, std::max(1, 2*nsm/(a.p.n_head_kv*a.n_stream)));
     ggml_cuda_kernel_launch(queries_kernel<D>, ggml_cuda_kernel_launch_params(dim3(groups, a.p.n_head_kv, a.n_stream), dim3(query_rows(D)*2), smem_q, stream),
-        a, f, MT, overlap);
+        a, f, overlap);
 
     static int per_sm[GGML_CUDA_MAX_DEVICES] = { 0 };
     if (per_sm[ctx.device] == 0) {
-        CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_sm[ctx.device], decode_kernel<D, MT>, THREADS, smem));
+        CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_sm[ctx.device], decode_kernel<D, NT>, THREADS, smem));
     }
     const int n_tiles = (a.p.n_kv + TILE - 1)/TILE;
     const int blocks  = nsm*std::max(1, per_sm[ctx.device]);
 
     seqkv_parts parts;
-    parts.n_z      = std::max(1, std::min(n_tiles, blocks/(a.p.n_head_kv*a.n_stream)));
+    parts.n_z      = std::max(1, std::min((n_tiles + WARPS - 1)/WARPS, blocks/(a.p.n_head_kv*a.n_stream*n_chunks)));
     parts.n_parts  = parts.n_z + (a.n_virt - a.p.n_kv + EXACT - 1)/EXACT;
     parts.permuted = 1;
     const int64_t n_out = (int64_t) a.n_stream*a.n_tokens*a.n_head*parts.n_parts;
@@ -846,18 +977,18 @@ static void decode_case(ggml_backend_cuda_context & ctx, const ggml_tensor * dst
     parts.ml  = ml.get();
     parts.acc = acc.get();
 
-    ggml_cuda_kernel_launch(decode_kernel<D, MT>, ggml_cuda_kernel_launch_params(dim3(parts.n_parts, a.p.n_head_kv, a.n_stream), dim3(THREADS), smem, stream),
-        a, f, parts);
+    ggml_cuda_kernel_launch(decode_kernel<D, NT>, ggml_cuda_kernel_launch_params(dim3(parts.n_parts, a.p.n_head_kv, a.n_stream*n_chunks), dim3(THREADS), smem, stream),
+        a, f, parts, n_chunks);
     seqkv_combine(ctx, a, parts, rows);
 }
 
 template <int D> static void decode_tiles(ggml_backend_cuda_context & ctx, const ggml_tensor * dst, const ggml_tensor * rows, bool overlap, int n_queries) {
-    if (n_queries <= 8) {
+    if (n_queries <= 4) {
         decode_case<D, 1>(ctx, dst, rows, overlap);
-    } else if (n_queries <= 16) {
+    } else if (n_queries <= 8) {
         decode_case<D, 2>(ctx, dst, rows, overlap);
     } else {
-        decode_case<D, MAX_MT>(ctx, dst, rows, overlap);
+        decode_case<D, max_nt(D)>(ctx, dst, rows, overlap);
     }
 }
 
@@ -878,11 +1009,13 @@ bool seqkv_decode_supported(int device, const ggml_tensor * dst) {
     const ggml_tensor * k = dst->src[1];
     const ggml_tensor * v = dst->src[2];
     const int64_t n_queries = q->ne[2]/k->ne[2]*q->ne[1]/p.n_head_kv;
-    if (!turing_mma_available(info.cc) || p.dk != p.dv || n_queries > 8*MAX_MT || p.n_kv == 0 ||
+    if (!turing_mma_available(info.cc) || p.dk != p.dv || n_queries > MAX_NQ || p.n_kv == 0 ||
             !ggml_seqkv_bits(k->type) || !ggml_seqkv_bits(v->type) || ggml_seqkv_graded(v->type)) {
         return false;
     }
-    const int    mt   = n_queries <= 8 ? 1 : n_queries <= 16 ? 2 : MAX_MT;
-    const size_t smem = p.dk == 64 ? decode_smem_bytes<64>(mt) : p.dk == 128 ? decode_smem_bytes<128>(mt) : decode_smem_bytes<256>(mt);
-    return std::max(smem, (size_t) query_smem(p.dk, 8*MAX_MT)) <= info.smpbo;
+    const auto smem = [&](size_t nt1, size_t nt2, size_t most) { return n_queries <= 4 ? nt1 : n_queries <= 8 ? nt2 : most; };
+    const size_t bytes = p.dk ==  64 ? smem(decode_smem_bytes< 64, 1>(), decode_smem_bytes< 64, 2>(), decode_smem_bytes< 64, max_nt( 64)>())
+                       : p.dk == 128 ? smem(decode_smem_bytes<128, 1>(), decode_smem_bytes<128, 2>(), decode_smem_bytes<128, max_nt(128)>())
+                                     : smem(decode_smem_bytes<256, 1>(), decode_smem_bytes<256, 2>(), decode_smem_bytes<256, max_nt(256)>());
+    return std::max(bytes, (size_t) query_smem(p.dk, MAX_NQ)) <= info.smpbo;
 }

@@ -25,6 +25,19 @@ SEQKV_FN void mma_s8_k16(int (&c)[4], const uint32_t * a, uint32_t b) {
 #endif
 }
 
+// the same with bytes in B
+SEQKV_FN void mma_s8u8_k16(int (&c)[4], const uint32_t * a, uint32_t b) {
+#if __CUDA_ARCH__ >= 800
+    asm("mma.sync.aligned.m16n8k16.row.col.s32.s8.u8.s32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+        : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3]) : "r"(a[0]), "r"(a[1]), "r"(b));
+#elif __CUDA_ARCH__ >= 750
+    asm("mma.sync.aligned.m8n8k16.row.col.s32.s8.u8.s32 {%0, %1}, {%2}, {%3}, {%0, %1};" : "+r"(c[0]), "+r"(c[1]) : "r"(a[0]), "r"(b));
+    asm("mma.sync.aligned.m8n8k16.row.col.s32.s8.u8.s32 {%0, %1}, {%2}, {%3}, {%0, %1};" : "+r"(c[2]), "+r"(c[3]) : "r"(a[1]), "r"(b));
+#else
+    GGML_UNUSED_VARS(c, a, b);
+#endif
+}
+
 // k = 32
 SEQKV_FN void mma_s8_k32(int (&c)[4], const uint32_t * a, uint32_t b0, uint32_t b1) {
 #if __CUDA_ARCH__ >= 800
@@ -51,14 +64,23 @@ SEQKV_FN void mma_f16(float (&c)[4], const uint32_t * a, uint32_t b0, uint32_t b
 #endif
 }
 
-// B fragments of columns 0..7 (b[0], b[1]) and 8..15 (b[2], b[3]) from 16 rows of k in shared memory: lane l gives the address of
-// row l%16, column l/16*8, 16-byte aligned
-SEQKV_FN void load_b_transposed(uint32_t * b, const half * row) {
+// ldmatrix: four matrices of 8 rows of 16 bytes in shared memory, lane l gives the address of row l%8 of matrix l/8.
+// As they are: register i has bytes 4t.. of row g of matrix i. With 8-byte rows of k these are A fragments (rows 0..7, 8..15, then the second half of k).
+SEQKV_FN void load_a(uint32_t * r, const void * row) {
+#if __CUDA_ARCH__ >= 750
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+        : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"((uint32_t) __cvta_generic_to_shared(row)) : "memory");
+#else
+    GGML_UNUSED_VARS(r, row);
+#endif
+}
+// Transposed: register i has 16-bit element g of rows 2t and 2t + 1 of matrix i. Of f16 rows of k that is a B fragment.
+SEQKV_FN void load_transposed(uint32_t * r, const void * row) {
 #if __CUDA_ARCH__ >= 750
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-        : "=r"(b[0]), "=r"(b[1]), "=r"(b[2]), "=r"(b[3]) : "r"((uint32_t) __cvta_generic_to_shared(row)));
+        : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"((uint32_t) __cvta_generic_to_shared(row)) : "memory");
 #else
-    GGML_UNUSED_VARS(b, row);
+    GGML_UNUSED_VARS(r, row);
 #endif
 }
 
@@ -74,16 +96,27 @@ SEQKV_FN void split_f16(float x, float y, uint32_t & hi, uint32_t & lo) {
 // asynchronous copies of 4 and 16 bytes into shared memory; plain ones before compute capability 8.0
 SEQKV_FN void copy_async4(void * dst, const void * src) {
 #if __CUDA_ARCH__ >= 800
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" :: "r"((uint32_t) __cvta_generic_to_shared(dst)), "l"(src));
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" :: "r"((uint32_t) __cvta_generic_to_shared(dst)), "l"(src) : "memory");
 #else
     *(uint32_t *) dst = *(const uint32_t *) src;
 #endif
 }
 SEQKV_FN void copy_async16(void * dst, const void * src) {
 #if __CUDA_ARCH__ >= 800
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" :: "r"((uint32_t) __cvta_generic_to_shared(dst)), "l"(src));
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" :: "r"((uint32_t) __cvta_generic_to_shared(dst)), "l"(src) : "memory");
 #else
     *(uint4 *) dst = *(const uint4 *) src;
+#endif
+}
+SEQKV_FN void copy_commit() {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+// waits for all groups of this thread but the last N
+template <int N> SEQKV_FN void copy_wait_but() {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.wait_group %0;" :: "n"(N) : "memory");
 #endif
 }
 SEQKV_FN void copy_wait() {
