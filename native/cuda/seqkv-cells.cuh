@@ -32,15 +32,14 @@ SEQKV_FN float other_value(ggml_type type, const char * src, int i) {
     return j < 16 ? v.x : v.y;
 }
 
-// block at a byte of raw words -> 16 words of levels in stored order
-template <int bits, int graded> SEQKV_FN void unpack_raw(const uint32_t * raw, int byte, uint32_t & gain, uint32_t * out) {
+// words of a block's planes and its gains from a byte of raw words
+template <int bits, int graded> SEQKV_FN void read_block(const uint32_t * raw, uint32_t byte, uint32_t & gain, uint32_t (&w)[2*bits]) {
     const uint32_t at = byte + 1 + graded;
-    gain = raw[(uint32_t) byte/4] >> 8*(byte & 3);
-    if (graded && (byte & 3) == 3) {
-        gain = (gain & 255) | raw[(uint32_t) byte/4 + 1] << 8;
+    gain = raw[byte/4] >> 8*(byte%4);
+    if (graded && byte%4 == 3) {
+        gain = (gain & 255) | raw[byte/4 + 1] << 8;
     }
     const uint32_t shift = at%4*8;
-    uint32_t w[2*bits];
     uint32_t x = raw[at/4];
 #pragma unroll
     for (int i = 0; i < 2*bits; ++i) {
@@ -48,7 +47,6 @@ template <int bits, int graded> SEQKV_FN void unpack_raw(const uint32_t * raw, i
         w[i] = __funnelshift_r(x, y, shift);
         x = y;
     }
-    seqkv_unpack_block<bits, graded>(w, out);
 }
 
 // 2^((g - bias)*step), 0 for 0
@@ -57,10 +55,8 @@ SEQKV_FN float gain_of(uint32_t g, float step, int bias) {
     return g ? exp2f(x*step) : 0.0f;
 }
 
-// One row's block: levels -> dst, factors of its groups -> factor[3]
-template <int bits, int graded> SEQKV_FN void decode_block(const uint32_t * raw, int byte, uint32_t * out, float (&factor)[3]) {
-    uint32_t gain;
-    unpack_raw<bits, graded>(raw, byte, gain, out);
+// factors of a block's groups from its gains
+template <int bits, int graded> SEQKV_FN void factors_of(uint32_t gain, float (&factor)[3]) {
     if (graded) {
         factor[0] = gain_of(gain       & 31, 1.0f/SEQKV_GRADED_STEPS, SEQKV_GRADED_BIAS)*seqkv_scale[bits + 2];
         factor[1] = gain_of(gain >>  5 & 31, 1.0f/SEQKV_GRADED_STEPS, SEQKV_GRADED_BIAS)*seqkv_scale[bits];
@@ -70,27 +66,84 @@ template <int bits, int graded> SEQKV_FN void decode_block(const uint32_t * raw,
     }
 }
 
-SEQKV_FN void decode_any(int bits, int graded, const uint32_t * raw, int byte, uint32_t * out, float (&factor)[3]) {
-    switch (bits << 1 | graded) {
-        case 2:  decode_block<1, 0>(raw, byte, out, factor); break;
-        case 3:  decode_block<1, 1>(raw, byte, out, factor); break;
-        case 4:  decode_block<2, 0>(raw, byte, out, factor); break;
-        case 5:  decode_block<2, 1>(raw, byte, out, factor); break;
-        case 6:  decode_block<3, 0>(raw, byte, out, factor); break;
-        case 7:  decode_block<3, 1>(raw, byte, out, factor); break;
-        case 8:  decode_block<4, 0>(raw, byte, out, factor); break;
-        default: decode_block<4, 1>(raw, byte, out, factor); break;
+// A block's tables of levels in shared memory, its groups one after the other, each on 16 bytes
+static constexpr int TABLE_WORDS = 32;
+SEQKV_CONSTEXPR int table_at(int bits, int graded, int group) {
+    int at = 0;
+    for (int k = 0; k < group; ++k) {
+        at += (seqkv_table_words(!graded ? bits : k == 0 ? bits + 2 : k == 1 ? bits : bits - 1) + 3) & ~3;
+    }
+    return at;
+}
+SEQKV_FN void load_level_tables(int bits, int graded, uint32_t * table) { // all threads of a block; synchronize afterwards
+    for (int k = 0; k < (graded ? 3 : 1); ++k) {
+        const int B = seqkv_value_bits(bits, graded, k), n = seqkv_table_words(B);
+        for (int i = threadIdx.x; i < 4*n; i += blockDim.x) {
+            ((int8_t *) (table + table_at(bits, graded, k)))[i] = seqkv_level_table(B)[i + (B < 5 ? 0 : 4*n)];
+        }
+    }
+}
+template <int B> SEQKV_FN void read_level_table(const uint32_t * table, seqkv_registers<B> & t) {
+    constexpr int n = seqkv_table_words(B);
+#pragma unroll
+    for (int i = 0; i < n; i += 4) {
+        const uint4 x = *(const uint4 *) (table + i);
+        t.w[i] = x.x;
+        if (i + 1 < n) { t.w[i + 1] = x.y; }
+        if (i + 2 < n) { t.w[i + 2] = x.z; t.w[i + 3] = x.w; }
     }
 }
 
-// One row's uniform block: levels -> dst
-SEQKV_FN void decode_levels(int bits, const uint32_t * raw, int byte, uint32_t * out) {
-    uint32_t gain;
+// One row's block -> 16 words of levels in stored order and its gains. SHARED: with the tables of load_level_tables, otherwise with constants in the code.
+template <int bits, int graded, bool SHARED> SEQKV_FN uint32_t decode_levels(const uint32_t * raw, int byte, const uint32_t * table, uint32_t * out) {
+    uint32_t gain, w[2*bits];
+    read_block<bits, graded>(raw, byte, gain, w);
+    constexpr int B0 = graded ? bits + 2 : bits, B1 = bits, B2 = graded ? bits - 1 : bits;
+    if constexpr (SHARED) {
+        seqkv_registers<B0> t0;
+        read_level_table<B0>(table, t0);
+        if constexpr (graded) {
+            seqkv_registers<B1> t1;
+            seqkv_registers<B2> t2;
+            read_level_table<B1>(table + table_at(bits, graded, 1), t1);
+            if constexpr (B2 > 0) {
+                read_level_table<B2>(table + table_at(bits, graded, 2), t2);
+            }
+            seqkv_unpack_block<bits, graded>(w, t0, t1, t2, out);
+        } else {
+            seqkv_unpack_block<bits, graded>(w, t0, t0, t0, out);
+        }
+    } else {
+        seqkv_unpack_block<bits, graded>(w, seqkv_constants<B0>(), seqkv_constants<B1>(), seqkv_constants<B2>(), out);
+    }
+    return gain;
+}
+
+template <int bits, int graded, bool SHARED> SEQKV_FN void decode_block(const uint32_t * raw, int byte, const uint32_t * table, uint32_t * out, float (&factor)[3]) {
+    factors_of<bits, graded>(decode_levels<bits, graded, SHARED>(raw, byte, table, out), factor);
+}
+
+// ... and the factors of its groups
+template <bool SHARED = false> SEQKV_FN void decode_any(int bits, int graded, const uint32_t * raw, int byte, uint32_t * out, float (&factor)[3], const uint32_t * table = nullptr) {
+    switch (bits << 1 | graded) {
+        case 2:  decode_block<1, 0, SHARED>(raw, byte, table, out, factor); break;
+        case 3:  decode_block<1, 1, SHARED>(raw, byte, table, out, factor); break;
+        case 4:  decode_block<2, 0, SHARED>(raw, byte, table, out, factor); break;
+        case 5:  decode_block<2, 1, SHARED>(raw, byte, table, out, factor); break;
+        case 6:  decode_block<3, 0, SHARED>(raw, byte, table, out, factor); break;
+        case 7:  decode_block<3, 1, SHARED>(raw, byte, table, out, factor); break;
+        case 8:  decode_block<4, 0, SHARED>(raw, byte, table, out, factor); break;
+        default: decode_block<4, 1, SHARED>(raw, byte, table, out, factor); break;
+    }
+}
+
+// levels of a uniform block alone, with the tables of load_level_tables
+SEQKV_FN void decode_uniform(int bits, const uint32_t * raw, int byte, uint32_t * out, const uint32_t * table) {
     switch (bits) {
-        case 1:  unpack_raw<1, 0>(raw, byte, gain, out); break;
-        case 2:  unpack_raw<2, 0>(raw, byte, gain, out); break;
-        case 3:  unpack_raw<3, 0>(raw, byte, gain, out); break;
-        default: unpack_raw<4, 0>(raw, byte, gain, out); break;
+        case 1:  decode_levels<1, 0, true>(raw, byte, table, out); break;
+        case 2:  decode_levels<2, 0, true>(raw, byte, table, out); break;
+        case 3:  decode_levels<3, 0, true>(raw, byte, table, out); break;
+        default: decode_levels<4, 0, true>(raw, byte, table, out); break;
     }
 }
 // scale of the levels of uniform blocks

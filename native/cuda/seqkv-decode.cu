@@ -313,55 +313,46 @@ template <int D, int NT> struct warp_smem {
 
 // Rows of cells on their way to shared memory. They keep their place in 16 bytes of global memory, or in 4 if rows are not aligned.
 template <int KEYS, int PITCH> struct row_loader {
+    static constexpr int LANES = PITCH <= 64 ? 4 : PITCH <= 128 ? 8 : 16; // that copy a row: enough for the largest cells
     const char * cells; // row 0 of the head
-    int          nb1, size;
-    int          n16, lanes;     // 16-byte pieces of a row, lanes that copy one; 0: words by 16 lanes
-    int          skew;           // of all rows if n16
-    int          from, to;       // this lane's first piece, bytes from row 0
+    int          nb1, size, skew;
+    int          n16;   // 16-byte pieces of a row, 0: rows are copied by words
+    int          first; // bytes from row 0 to this lane's first piece
 
     __device__ __forceinline__ row_loader(const char * cells, int64_t nb1, int64_t nb2, int size, int lane) : cells(cells), nb1((int) nb1), size(size) {
         skew  = (int) (uintptr_t) cells & 15;
         n16   = ((nb1 | nb2) & 15) == 0 ? (skew + size + 15)/16 : 0;
-        lanes = n16 == 0 ? 16 : n16 <= 4 ? 4 : n16 <= 8 ? 8 : 16;
-        from  = lane/lanes*(int) nb1 + 16*(lane%lanes) - skew;
-        to    = lane/lanes*PITCH     + 16*(lane%lanes);
+        first = n16 <= 4 ? lane/4*(int) nb1 + lane%4*16 - skew : lane/LANES*(int) nb1 + lane%LANES*16 - skew;
     }
     // byte of row j's cell in its raw row
     __device__ __forceinline__ int begin(int j) const { return n16 ? skew : ((int) (uintptr_t) cells + j*nb1) & 3; }
 
+    template <int L> __device__ __forceinline__ void copy(char * raw, const char * src, int rows, int lane) const {
+        char * dst = raw + lane/L*PITCH + lane%L*16;
+#pragma unroll
+        for (int r = 0; r < KEYS; r += WARP_SIZE/L) {
+            if (lane%L < n16 && r + lane/L < rows) {
+                copy_async16(dst + r*PITCH, src + r*nb1);
+            }
+        }
+    }
     // rows [j0, j0 + KEYS) below end
     __device__ __forceinline__ void load(char * raw, int j0, int end, int lane) const {
         const char * base = cells + (int64_t) j0*nb1;
-        if (n16) {
-            const char * src = base + from;
-            char       * dst = raw + to;
-            const int  rows = WARP_SIZE/lanes;
-            const int  last = lane%lanes < n16 ? end - j0 - lane/lanes : 0;
-            if (KEYS == 16 && lanes == 4 && end - j0 >= KEYS) {
-                if (lane%4 < n16) {
-                    copy_async16(dst, src);
-                    copy_async16(dst + 8*PITCH, src + 8*nb1);
-                }
-            } else {
-#pragma unroll 1
-                for (int r = 0; r < KEYS; r += rows) {
-                    if (r < last) {
-                        copy_async16(dst, src);
-                    }
-                    src += rows*nb1;
-                    dst += rows*PITCH;
-                }
-            }
-        } else {
+        if (n16 == 0) {
 #pragma unroll 1
             for (int r = lane/16; r < KEYS && j0 + r < end; r += 2) {
-                const char * src  = base + r*nb1;
-                const int    skew = (int) (uintptr_t) src & 3;
+                const char * src = base + r*nb1;
+                const int    at  = (int) (uintptr_t) src & 3;
 #pragma unroll 1
-                for (int w = 4*(lane%16); w - skew < size; w += 64) {
-                    copy_async4(raw + r*PITCH + w, src - skew + w);
+                for (int w = 4*(lane%16); w - at < size; w += 64) {
+                    copy_async4(raw + r*PITCH + w, src - at + w);
                 }
             }
+        } else if (n16 <= 4) {
+            copy<4>(raw, base + first, end - j0, lane);
+        } else {
+            copy<LANES>(raw, base + first, end - j0, lane);
         }
         copy_commit();
     }
@@ -506,7 +497,11 @@ static __global__ void __launch_bounds__(THREADS, D == 256 || NT == 4 ? 2 : NT =
     const int   tile0 = (int64_t) blockIdx.x*n_tiles/parts.n_z, tile1 = (int64_t) (blockIdx.x + 1)*n_tiles/parts.n_z;
     const int32_t * meta = a.meta + (int64_t) s*a.n_virt;
     const int   block_k = a.size_k/NB, block_v = a.size_v/NB;
-    const float log2e = 1.44269504f;
+    const float log2e = 1.44269504f, scale2 = a.p.scale*log2e;
+    __shared__ __align__(16) uint32_t tables[2*TABLE_WORDS]; // levels of keys, of values
+    load_level_tables(a.bits_k, a.graded_k, tables);
+    load_level_tables(a.bits_v, 0, tables + TABLE_WORDS);
+    __syncthreads();
 
     const row_loader<KEYS, PITCH> rows_k(a.cell_k(s, 0, h), a.k_nb1, a.k_nb2, a.size_k, lane);
     const row_loader<KEYS, PITCH> rows_v(a.cell_v(s, 0, h), a.v_nb1, a.v_nb2, a.size_v, lane);
@@ -528,6 +523,8 @@ static __global__ void __launch_bounds__(THREADS, D == 256 || NT == 4 ? 2 : NT =
     // this lane's two cells of a tile, i = 0, 1: meta, and which tokens attend to it
     int32_t next_meta[2];
     int     next_seen[2];
+    const half  * mask   = a.mask_row(s, 0);
+    const int64_t mask_n = a.mask_nb1/sizeof(half);
     const auto load_meta = [&](int tile) {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
@@ -536,9 +533,10 @@ static __global__ void __launch_bounds__(THREADS, D == 256 || NT == 4 ? 2 : NT =
             next_seen[i] = 0;
             if (tile < tile1 && j < a.p.n_kv) {
                 next_meta[i] = meta[j];
+                const uint16_t * at = (const uint16_t *) mask + j;
 #pragma unroll 1
                 for (int k = 0; k < a.n_tokens; ++k) {
-                    next_seen[i] |= __half2float(a.mask_row(s, k)[j]) == 0.0f ? 1 << k : 0;
+                    next_seen[i] |= (at[k*mask_n] & 0x7fff) == 0 ? 1 << k : 0;
                 }
             }
         }
@@ -614,7 +612,7 @@ static __global__ void __launch_bounds__(THREADS, D == 256 || NT == 4 ? 2 : NT =
         // scores
 #pragma unroll 1
         for (int step = 0; step < STEPS; ++step) {
-            int   c2[MT][2], o2[MT][2]; // keys g and g + 8 of each 16: cell, origin, prediction if it is the first origin's
+            int   c2[MT][2], o2[MT][2]; // keys g and g + 8 of each 16: cell, origin, and predictions if there is one origin
             float pred2[NT][MT][2];
 #pragma unroll
             for (int mt = 0; mt < MT; ++mt) {
@@ -641,8 +639,8 @@ static __global__ void __launch_bounds__(THREADS, D == 256 || NT == 4 ? 2 : NT =
                 const int key = lane%KEYS, b = lane/KEYS + pass*(WARP_SIZE/KEYS);
                 uint32_t out[16];
                 float    factor[3];
-                decode_any(a.bits_k, a.graded_k, (const uint32_t *) (sm.raw_k + ((step & 1)*KEYS + key)*PITCH),
-                    rows_k.begin(tile*TILE + step*KEYS + key) + b*block_k, out, factor);
+                decode_any<true>(a.bits_k, a.graded_k, (const uint32_t *) (sm.raw_k + ((step & 1)*KEYS + key)*PITCH),
+                    rows_k.begin(tile*TILE + step*KEYS + key) + b*block_k, out, factor, tables);
 #pragma unroll
                 for (int i = 0; i < 4; ++i) {
                     *(uint4 *) (sm.level + key*LD + 64*b + 16*i) = make_uint4(out[4*i], out[4*i + 1], out[4*i + 2], out[4*i + 3]);
@@ -678,8 +676,10 @@ static __global__ void __launch_bounds__(THREADS, D == 256 || NT == 4 ? 2 : NT =
                         }
                         o = next;
                     }
-                    if (at != o) {
-                        load_queries(o);
+                    if (!one_origin) {
+                        if (at != o) {
+                            load_queries(o);
+                        }
 #pragma unroll
                         for (int n = 0; n < NT; ++n) {
 #pragma unroll
@@ -714,8 +714,12 @@ static __global__ void __launch_bounds__(THREADS, D == 256 || NT == 4 ? 2 : NT =
                     }
 #pragma unroll
                     for (int n = 0; n < NT; ++n) {
-                        const float x = log2e*seqkv_logit(scale[n]*sum[n][0] + pred2[n][mt][0], a.p);
-                        const float y = log2e*seqkv_logit(scale[n]*sum[n][1] + pred2[n][mt][1], a.p);
+                        float x = scale2*(scale[n]*sum[n][0] + pred2[n][mt][0]);
+                        float y = scale2*(scale[n]*sum[n][1] + pred2[n][mt][1]);
+                        if (a.p.softcap != 0.0f) {
+                            x = log2e*seqkv_logit(x*(1.0f/scale2), a.p);
+                            y = log2e*seqkv_logit(y*(1.0f/scale2), a.p);
+                        }
                         score[n].x = (c2[mt][0] & seen[n]) && o2[mt][0] == o ? x : score[n].x;
                         score[n].y = (c2[mt][1] & seen[n]) && o2[mt][1] == o ? y : score[n].y;
                     }
@@ -818,7 +822,7 @@ static __global__ void __launch_bounds__(THREADS, D == 256 || NT == 4 ? 2 : NT =
             for (int pass = 0; pass < KEYS*NB/WARP_SIZE; ++pass) {
                 const int key = lane%KEYS, b = lane/KEYS + pass*(WARP_SIZE/KEYS);
                 uint32_t out[16];
-                decode_levels(a.bits_v, (const uint32_t *) (sm.raw_v + (step*KEYS + key)*PITCH), rows_v.begin(tile*TILE + step*KEYS + key) + b*block_v, out);
+                decode_uniform(a.bits_v, (const uint32_t *) (sm.raw_v + (step*KEYS + key)*PITCH), rows_v.begin(tile*TILE + step*KEYS + key) + b*block_v, out, tables + TABLE_WORDS);
 #pragma unroll
                 for (int i = 0; i < 4; ++i) {
                     *(uint4 *) (sm.level + key*LD + 64*b + 16*i) = make_uint4(out[4*i], out[4*i + 1], out[4*i + 2], out[4*i + 3]);
