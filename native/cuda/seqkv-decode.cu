@@ -299,49 +299,53 @@ template <int D, int NT> struct warp_smem {
     static constexpr int NB    = D/64;
     static constexpr int KEYS  = step_keys(D);
     static constexpr int PITCH = D/2 + 16; // bytes of a raw row: the largest cell, wherever it begins in 16 bytes
-    static constexpr int LD    = D + 16;   // bytes of a row of levels: conflict-free for what reads and writes them
-    static constexpr int GAINS = NB*(3*KEYS > TILE ? 3*KEYS : TILE);
-    __align__(16) char    raw_k[2*KEYS*PITCH]; // two steps
-    __align__(16) char    raw_v[TILE*PITCH];
-    __align__(16) int8_t  level[KEYS*LD];
-    __align__(16) float   gain[GAINS];         // of keys (3*NB, KEYS) or of values (NB, TILE); of each 16 keys, i and i + 8 are neighbours
+    static constexpr int LDK   = D + 16;   // bytes of a row of levels: conflict-free for what reads and writes them
+    static constexpr int LDV   = 64 + 16;
+    __align__(16) char   raw_k[2*KEYS*PITCH]; // two steps
+    __align__(16) char   raw_v[TILE*PITCH];
     union {
-        __align__(16) float2  score[NT*4*WARP_SIZE];       // (n, 16 keys, lane): keys g and g + 8
-        __align__(16) uint8_t p[NT*NB*4*128];             // (n, block, 16 keys): B fragments of p*gain
+        __align__(16) int8_t level[KEYS*LDK > 32*LDV ? KEYS*LDK : 32*LDV]; // of keys (KEYS, LDK) or of a block of 32 values (32, LDV)
+        __align__(16) float  gain_v[NB*TILE]; // of each 16 keys, i and i + 8 are neighbours
+    };
+    __align__(16) float  gain_k[3*NB*KEYS];
+    union {
+        __align__(16) float2  score[NT*4*WARP_SIZE]; // (n, 16 keys, lane): keys g and g + 8
+        __align__(16) uint8_t p[NT*NB*4*128];        // (n, block, 16 keys): B fragments of p*gain
     };
 };
 
 // Rows of cells on their way to shared memory. They keep their place in 16 bytes of global memory, or in 4 if rows are not aligned.
-template <int KEYS, int PITCH> struct row_loader {
-    static constexpr int LANES = PITCH <= 64 ? 4 : PITCH <= 128 ? 8 : 16; // that copy a row: enough for the largest cells
+template <int PITCH> struct row_loader {
+    static constexpr int LANES = PITCH/16, ROWS = WARP_SIZE/LANES; // lanes that copy a row, 16 bytes each; rows at a time
     const char * cells; // row 0 of the head
     int          nb1, size, skew;
     int          n16;   // 16-byte pieces of a row, 0: rows are copied by words
-    int          first; // bytes from row 0 to this lane's first piece
 
-    __device__ __forceinline__ row_loader(const char * cells, int64_t nb1, int64_t nb2, int size, int lane) : cells(cells), nb1((int) nb1), size(size) {
-        skew  = (int) (uintptr_t) cells & 15;
-        n16   = ((nb1 | nb2) & 15) == 0 ? (skew + size + 15)/16 : 0;
-        first = n16 <= 4 ? lane/4*(int) nb1 + lane%4*16 - skew : lane/LANES*(int) nb1 + lane%LANES*16 - skew;
+    __device__ __forceinline__ row_loader(const char * cells, int64_t nb1, int64_t nb2, int size) : cells(cells), nb1((int) nb1), size(size) {
+        skew = (int) (uintptr_t) cells & 15;
+        n16  = ((nb1 | nb2) & 15) == 0 ? (skew + size + 15)/16 : 0;
     }
     // byte of row j's cell in its raw row
     __device__ __forceinline__ int begin(int j) const { return n16 ? skew : ((int) (uintptr_t) cells + j*nb1) & 3; }
 
-    template <int L> __device__ __forceinline__ void copy(char * raw, const char * src, int rows, int lane) const {
-        char * dst = raw + lane/L*PITCH + lane%L*16;
-#pragma unroll
-        for (int r = 0; r < KEYS; r += WARP_SIZE/L) {
-            if (lane%L < n16 && r + lane/L < rows) {
-                copy_async16(dst + r*PITCH, src + r*nb1);
-            }
-        }
-    }
-    // rows [j0, j0 + KEYS) below end
-    __device__ __forceinline__ void load(char * raw, int j0, int end, int lane) const {
+    // rows [j0, j0 + N) below end
+    template <int N> __device__ __forceinline__ void load(char * raw, int j0, int end, int lane) const {
         const char * base = cells + (int64_t) j0*nb1;
-        if (n16 == 0) {
+        if (n16) {
+            const int    row = lane/LANES, piece = lane%LANES;
+            const int    n   = piece < n16 && row < ROWS ? min(N, end - j0) - row : 0;
+            const char * src = base + (row*nb1 + piece*16 - skew);
+            char       * dst = raw + row*PITCH + piece*16;
+#pragma unroll
+            for (int r = 0; r < N; r += ROWS) {
+                if (r < n) {
+                    copy_async16(dst + r*PITCH, src);
+                }
+                src += ROWS*nb1;
+            }
+        } else {
 #pragma unroll 1
-            for (int r = lane/16; r < KEYS && j0 + r < end; r += 2) {
+            for (int r = lane/16; r < N && j0 + r < end; r += 2) {
                 const char * src = base + r*nb1;
                 const int    at  = (int) (uintptr_t) src & 3;
 #pragma unroll 1
@@ -349,10 +353,6 @@ template <int KEYS, int PITCH> struct row_loader {
                     copy_async4(raw + r*PITCH + w, src - at + w);
                 }
             }
-        } else if (n16 <= 4) {
-            copy<4>(raw, base + first, end - j0, lane);
-        } else {
-            copy<LANES>(raw, base + first, end - j0, lane);
         }
         copy_commit();
     }
@@ -476,9 +476,8 @@ static __device__ void exact_part(const seqkv_view & a, const seqkv_parts & part
 template <int D, int NT>
 static __global__ void __launch_bounds__(THREADS, D == 256 || NT == 4 ? 2 : NT == 2 ? 3 : 4) decode_kernel(seqkv_view a, frame_queries f, seqkv_parts parts, int n_chunks) {
     using smem_t = warp_smem<D, NT>;
-    constexpr int NB = smem_t::NB, KEYS = smem_t::KEYS, PITCH = smem_t::PITCH, LD = smem_t::LD;
+    constexpr int NB = smem_t::NB, KEYS = smem_t::KEYS, PITCH = smem_t::PITCH, LDK = smem_t::LDK, LDV = smem_t::LDV;
     constexpr int STEPS = TILE/KEYS, MT = KEYS/16, DT = D/16;
-    constexpr bool SUMS = NT*D <= 256; // integer sums of values live as long as a tile
     extern __shared__ __align__(16) char smem_raw[];
 
     ggml_cuda_pdl_sync();
@@ -503,40 +502,40 @@ static __global__ void __launch_bounds__(THREADS, D == 256 || NT == 4 ? 2 : NT =
     load_level_tables(a.bits_v, 0, tables + TABLE_WORDS);
     __syncthreads();
 
-    const row_loader<KEYS, PITCH> rows_k(a.cell_k(s, 0, h), a.k_nb1, a.k_nb2, a.size_k, lane);
-    const row_loader<KEYS, PITCH> rows_v(a.cell_v(s, 0, h), a.v_nb1, a.v_nb2, a.size_v, lane);
+    const row_loader<PITCH> rows_k(a.cell_k(s, 0, h), a.k_nb1, a.k_nb2, a.size_k);
+    const row_loader<PITCH> rows_v(a.cell_v(s, 0, h), a.v_nb1, a.v_nb2, a.size_v);
     const auto load_k = [&](int tile, int step) {
-        rows_k.load(sm.raw_k + (step & 1)*KEYS*PITCH, tile*TILE + step*KEYS, tile < tile1 ? a.p.n_kv : 0, lane);
+        rows_k.template load<KEYS>(sm.raw_k + (step & 1)*KEYS*PITCH, tile*TILE + step*KEYS, tile < tile1 ? a.p.n_kv : 0, lane);
     };
-    const auto load_v = [&](int tile, int step) {
-        rows_v.load(sm.raw_v + step*KEYS*PITCH, tile*TILE + step*KEYS, tile < tile1 ? a.p.n_kv : 0, lane);
+    const auto load_v = [&](int tile, int half) {
+        rows_v.template load<32>(sm.raw_v + half*32*PITCH, tile*TILE + half*32, tile < tile1 ? a.p.n_kv : 0, lane);
     };
     const auto load_first = [&](int tile) {
         load_k(tile, 0);
         load_k(tile, 1);
-#pragma unroll 1
-        for (int step = 0; step < STEPS; ++step) {
-            load_v(tile, step);
-        }
+        load_v(tile, 0);
+        load_v(tile, 1);
     };
 
-    // this lane's two cells of a tile, i = 0, 1: meta, and which tokens attend to it
-    int32_t next_meta[2];
-    int     next_seen[2];
-    const half  * mask   = a.mask_row(s, 0);
-    const int64_t mask_n = a.mask_nb1/sizeof(half);
+    // this lane's two cells of a tile, i = 0, 1: meta, mask of the first token, and which other tokens attend to it
+    int32_t  next_meta[2];
+    uint16_t next_mask[2];
+    int      next_seen[2];
+    const uint16_t * mask   = (const uint16_t *) a.mask_row(s, 0);
+    const int64_t    mask_n = a.mask_nb1/sizeof(half);
     const auto load_meta = [&](int tile) {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
             const int j = tile*TILE + 32*i + lane;
             next_meta[i] = -1;
+            next_mask[i] = 0xffff;
             next_seen[i] = 0;
             if (tile < tile1 && j < a.p.n_kv) {
                 next_meta[i] = meta[j];
-                const uint16_t * at = (const uint16_t *) mask + j;
+                next_mask[i] = mask[j];
 #pragma unroll 1
-                for (int k = 0; k < a.n_tokens; ++k) {
-                    next_seen[i] |= (at[k*mask_n] & 0x7fff) == 0 ? 1 << k : 0;
+                for (int k = 1; k < a.n_tokens; ++k) {
+                    next_seen[i] |= (mask[k*mask_n + j] & 0x7fff) == 0 ? 1 << k : 0;
                 }
             }
         }
@@ -587,8 +586,9 @@ static __global__ void __launch_bounds__(THREADS, D == 256 || NT == 4 ? 2 : NT =
         int first = INT_MAX, last = -1;
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-            origin[i] = next_seen[i] == 0 ? -1 : next_meta[i] >> 8;
-            cell[i]   = (next_meta[i] & 63) | (origin[i] < 0 ? 0 : next_seen[i] << 8);
+            const int seen = next_seen[i] | ((next_mask[i] & 0x7fff) == 0 ? 1 : 0);
+            origin[i] = seen == 0 ? -1 : next_meta[i] >> 8;
+            cell[i]   = (next_meta[i] & 63) | (origin[i] < 0 ? 0 : seen << 8);
             first = min(first, origin[i] < 0 ? INT_MAX : origin[i]);
             last  = max(last, origin[i]);
         }
@@ -629,7 +629,7 @@ static __global__ void __launch_bounds__(THREADS, D == 256 || NT == 4 ? 2 : NT =
                 }
             }
             if (step < 2) {
-                copy_wait_but<STEPS + 1>(); // the next step, and the values
+                copy_wait_but<3>(); // the next step, and the values
             } else {
                 copy_wait_but<1>();
             }
@@ -643,11 +643,11 @@ static __global__ void __launch_bounds__(THREADS, D == 256 || NT == 4 ? 2 : NT =
                     rows_k.begin(tile*TILE + step*KEYS + key) + b*block_k, out, factor, tables);
 #pragma unroll
                 for (int i = 0; i < 4; ++i) {
-                    *(uint4 *) (sm.level + key*LD + 64*b + 16*i) = make_uint4(out[4*i], out[4*i + 1], out[4*i + 2], out[4*i + 3]);
+                    *(uint4 *) (sm.level + key*LDK + 64*b + 16*i) = make_uint4(out[4*i], out[4*i + 1], out[4*i + 2], out[4*i + 3]);
                 }
 #pragma unroll
                 for (int i = 0; i < 3; ++i) {
-                    sm.gain[(3*b + i)*KEYS + (key & ~15) + 2*(key & 7) + (key >> 3 & 1)] = factor[i];
+                    sm.gain_k[(3*b + i)*KEYS + (key & ~15) + 2*(key & 7) + (key >> 3 & 1)] = factor[i];
                 }
             }
             __syncwarp();
@@ -696,12 +696,12 @@ static __global__ void __launch_bounds__(THREADS, D == 256 || NT == 4 ? 2 : NT =
 #pragma unroll
                     for (int b = 0; b < NB; ++b) {
                         uint32_t k0[4], k1[4];
-                        const int8_t * row = sm.level + (16*mt + lane%16)*LD + 64*b + lane/16*16;
+                        const int8_t * row = sm.level + (16*mt + lane%16)*LDK + 64*b + lane/16*16;
                         load_a(k0, row);
                         load_a(k1, row + 32);
-                        const float2 gain0 = *(const float2 *) (sm.gain + (3*b    )*KEYS + 16*mt + 2*g);
-                        const float2 gain1 = *(const float2 *) (sm.gain + (3*b + 1)*KEYS + 16*mt + 2*g);
-                        const float2 gain2 = *(const float2 *) (sm.gain + (3*b + 2)*KEYS + 16*mt + 2*g);
+                        const float2 gain0 = *(const float2 *) (sm.gain_k + (3*b    )*KEYS + 16*mt + 2*g);
+                        const float2 gain1 = *(const float2 *) (sm.gain_k + (3*b + 1)*KEYS + 16*mt + 2*g);
+                        const float2 gain2 = *(const float2 *) (sm.gain_k + (3*b + 2)*KEYS + 16*mt + 2*g);
 #pragma unroll
                         for (int n = 0; n < NT; ++n) {
                             int c[3][4] = {{ 0 }};
@@ -748,7 +748,7 @@ static __global__ void __launch_bounds__(THREADS, D == 256 || NT == 4 ? 2 : NT =
                 const int  key = 32*i + lane;
                 const int  raw = (uint8_t) sm.raw_v[key*PITCH + rows_v.begin(tile*TILE + key) + b*block_v];
                 const float gain = origin[i] < 0 ? 0.0f : gain_of(raw, 1.0f/SEQKV_GAIN_STEPS, SEQKV_GAIN_BIAS);
-                sm.gain[b*TILE + (key & ~15) + 2*(key & 7) + (key >> 3 & 1)] = gain;
+                sm.gain_v[b*TILE + (key & ~15) + 2*(key & 7) + (key >> 3 & 1)] = gain;
                 max_v[b] = fmaxf(max_v[b], gain);
             }
             max_v[b] = warp_reduce_max(max_v[b]);
@@ -794,7 +794,7 @@ static __global__ void __launch_bounds__(THREADS, D == 256 || NT == 4 ? 2 : NT =
             f_v[b] = max_v[b]*(seqkv_scale_of(a.bits_v)/BYTES);
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
-                const float2 gain = *(const float2 *) (sm.gain + b*TILE + 16*i + 2*g);
+                const float2 gain = *(const float2 *) (sm.gain_v + b*TILE + 16*i + 2*g);
                 const float  x = gain.x*inv, y = gain.y*inv;
 #pragma unroll
                 for (int n = 0; n < NT; ++n) { // 2^23 + an integer
@@ -806,8 +806,9 @@ static __global__ void __launch_bounds__(THREADS, D == 256 || NT == 4 ? 2 : NT =
             }
         }
 
-        // values
-        int c[SUMS ? NT : 1][SUMS ? DT : 1][4] = {{{ 0 }}};
+        __syncwarp();
+
+        // values, a block of 64 dims after the other
 #pragma unroll
         for (int n = 0; n < NT; ++n) {
 #pragma unroll
@@ -816,65 +817,52 @@ static __global__ void __launch_bounds__(THREADS, D == 256 || NT == 4 ? 2 : NT =
                 acc[n][i][1] *= f_old[n];
             }
         }
-#pragma unroll 1
-        for (int step = 0; step < STEPS; ++step) {
 #pragma unroll
-            for (int pass = 0; pass < KEYS*NB/WARP_SIZE; ++pass) {
-                const int key = lane%KEYS, b = lane/KEYS + pass*(WARP_SIZE/KEYS);
+        for (int b = 0; b < NB; ++b) {
+            int c[NT][4][4] = {{{ 0 }}};
+#pragma unroll 1
+            for (int half = 0; half < 2; ++half) {
+                const int key = 32*half + lane;
                 uint32_t out[16];
-                decode_uniform(a.bits_v, (const uint32_t *) (sm.raw_v + (step*KEYS + key)*PITCH), rows_v.begin(tile*TILE + step*KEYS + key) + b*block_v, out, tables + TABLE_WORDS);
+                decode_uniform(a.bits_v, (const uint32_t *) (sm.raw_v + key*PITCH), rows_v.begin(tile*TILE + key) + b*block_v, out, tables + TABLE_WORDS);
 #pragma unroll
                 for (int i = 0; i < 4; ++i) {
-                    *(uint4 *) (sm.level + key*LD + 64*b + 16*i) = make_uint4(out[4*i], out[4*i + 1], out[4*i + 2], out[4*i + 3]);
+                    *(uint4 *) (sm.level + lane*LDV + 16*i) = make_uint4(out[4*i], out[4*i + 1], out[4*i + 2], out[4*i + 3]);
                 }
-            }
-            __syncwarp();
-            load_v(tile + WARPS, step);
-#pragma unroll
-            for (int mt = 0; mt < MT; ++mt) {
-                uint32_t pb[NT][NB];
-#pragma unroll
-                for (int n = 0; n < NT; ++n) {
-#pragma unroll
-                    for (int b = 0; b < NB; ++b) {
-                        pb[n][b] = *(const uint32_t *) (sm.p + ((n*NB + b)*4 + step*MT + mt)*128 + 4*lane);
-                    }
+                __syncwarp();
+                if (b == NB - 1) {
+                    load_v(tile + WARPS, half);
                 }
-                // rows 2i and 2i + 1 of a matrix are keys i and i + 8, so that a register has the keys of one place of p
-                const int8_t * row = sm.level + (16*mt + (lane >> 1 & 3) + 8*(lane & 1) + 4*(lane >> 3 & 1))*LD + (lane >> 4)*16;
 #pragma unroll
-                for (int i = 0; i < DT; i += 2) {
-                    uint32_t r[4];
-                    load_transposed(r, row + 16*i);
-                    const uint32_t v0[2] = { seqkv_prmt(r[0], r[1], 0x6420), seqkv_prmt(r[0], r[1], 0x7531) };
-                    const uint32_t v1[2] = { seqkv_prmt(r[2], r[3], 0x6420), seqkv_prmt(r[2], r[3], 0x7531) };
+                for (int mt = 0; mt < 2; ++mt) {
+                    uint32_t pb[NT];
 #pragma unroll
                     for (int n = 0; n < NT; ++n) {
-                        if (SUMS) {
-                            mma_s8u8_k16(c[n][i],     v0, pb[n][i/4]);
-                            mma_s8u8_k16(c[n][i + 1], v1, pb[n][i/4]);
-                        } else {
-                            int x[2][4] = {{ 0 }};
-                            mma_s8u8_k16(x[0], v0, pb[n][i/4]);
-                            mma_s8u8_k16(x[1], v1, pb[n][i/4]);
+                        pb[n] = *(const uint32_t *) (sm.p + ((n*NB + b)*4 + 2*half + mt)*128 + 4*lane);
+                    }
+                    // rows 2i and 2i + 1 of a matrix are keys i and i + 8, so that a register has the keys of one place of p
+                    const int8_t * row = sm.level + (16*mt + (lane >> 1 & 3) + 8*(lane & 1) + 4*(lane >> 3 & 1))*LDV + (lane >> 4)*16;
 #pragma unroll
-                            for (int e = 0; e < 2; ++e) {
-                                acc[n][i + e][0] += f_v[i/4]*(float) (256*x[e][0] + x[e][1]);
-                                acc[n][i + e][1] += f_v[i/4]*(float) (256*x[e][2] + x[e][3]);
-                            }
+                    for (int i = 0; i < 4; i += 2) {
+                        uint32_t r[4];
+                        load_transposed(r, row + 16*i);
+                        const uint32_t v0[2] = { seqkv_prmt(r[0], r[1], 0x6420), seqkv_prmt(r[0], r[1], 0x7531) };
+                        const uint32_t v1[2] = { seqkv_prmt(r[2], r[3], 0x6420), seqkv_prmt(r[2], r[3], 0x7531) };
+#pragma unroll
+                        for (int n = 0; n < NT; ++n) {
+                            mma_s8u8_k16(c[n][i],     v0, pb[n]);
+                            mma_s8u8_k16(c[n][i + 1], v1, pb[n]);
                         }
                     }
                 }
+                __syncwarp();
             }
-            __syncwarp();
-        }
-        if (SUMS) {
 #pragma unroll
             for (int n = 0; n < NT; ++n) {
 #pragma unroll
-                for (int i = 0; i < DT; ++i) {
-                    acc[n][i][0] += f_v[i/4]*(float) (256*c[n][i][0] + c[n][i][1]);
-                    acc[n][i][1] += f_v[i/4]*(float) (256*c[n][i][2] + c[n][i][3]);
+                for (int i = 0; i < 4; ++i) {
+                    acc[n][4*b + i][0] += f_v[b]*(float) (256*c[n][i][0] + c[n][i][1]);
+                    acc[n][4*b + i][1] += f_v[b]*(float) (256*c[n][i][2] + c[n][i][3]);
                 }
             }
         }
