@@ -43,7 +43,12 @@ template <int D> SEQKV_FN uint32_t * digits_of(const frame_queries & f, int64_t 
 static constexpr __host__ __device__ int query_rows (int d) { return d == 256 ? 32 : 64; } // rows of a block: frame x query, at most
 static constexpr __host__ __device__ int query_chunk(int d) { return d == 256 ? 64 : d; }  // rows of D at a time
 static constexpr __host__ __device__ bool query_resident(int d) { return d <= 128; }       // D and the predictions stay in shared memory
-static constexpr int query_smem(int d, int nq) { return (2*query_rows(d) + query_chunk(d) + (query_resident(d) ? 64 : 0))*(d + 8)*2 + nq*d*4; }
+static constexpr int query_smem(int d, int nq) { return (query_rows(d) + (query_resident(d) ? query_chunk(d) + 64 : 64))*(d + 8)*2 + nq*d*4; }
+
+// 8 values 0 4 1 5 2 6 3 7: columns 2t, 2t + 1 of two tensor core tiles are then values t, t + 4, t + 8, t + 12, a word of the stored order
+SEQKV_FN uint4 word_order(uint4 x) {
+    return make_uint4(seqkv_prmt(x.x, x.z, 0x5410), seqkv_prmt(x.x, x.z, 0x7632), seqkv_prmt(x.y, x.w, 0x5410), seqkv_prmt(x.y, x.w, 0x7632));
+}
 
 // overlap: the kernel before this one writes the cache and nothing that is read here: run beside it
 template <int D>
@@ -51,12 +56,10 @@ static __global__ void __launch_bounds__(query_rows(D)*2) queries_kernel(seqkv_v
     constexpr int  ROWS = query_rows(D), LD = D + 8, NT = ROWS*2, CHUNK = query_chunk(D);
     constexpr bool RESIDENT = query_resident(D);
     extern __shared__ __align__(16) half smem_h[];
-    half  * hi    = smem_h;         // (ROWS, LD)
-    half  * lo    = hi + ROWS*LD;   // (ROWS, LD)
-    half  * chunk = lo + ROWS*LD;   // (CHUNK, LD)
+    half  * rows  = smem_h;         // (ROWS, LD): rotated queries
+    half  * chunk = rows + ROWS*LD; // (CHUNK, LD)
     half  * preds = RESIDENT ? chunk + CHUNK*LD : chunk; // (64, LD)
     float * q     = (float *) (preds + 64*LD);           // (nq, D)
-    float * out   = (float *) smem_h;                    // (ROWS, D + 4), later
 
     const int h = blockIdx.y, s = blockIdx.z;
     const int nq = a.n_tokens*a.group;
@@ -75,18 +78,14 @@ static __global__ void __launch_bounds__(query_rows(D)*2) queries_kernel(seqkv_v
 #pragma unroll 8
         for (int i = threadIdx.x; i < CHUNK*D/8; i += NT) {
             const int k = i/(D/8), n = i%(D/8)*8;
-            if (dense) {
-                copy_async16(chunk + k*LD + n, a.tables.dec(h) + (k0 + k)*D + n);
-            } else {
-                *(uint4 *) (chunk + k*LD + n) = hadamard8(k0 + k, n);
-            }
+            *(uint4 *) (chunk + k*LD + n) = word_order(dense ? *(const uint4 *) (a.tables.dec(h) + (k0 + k)*D + n) : hadamard8(k0 + k, n));
         }
     };
     const auto load_preds = [&]() {
         const half * pred = a.tables.pred(h);
 #pragma unroll 8
         for (int i = threadIdx.x; i < 64*D/8; i += NT) {
-            copy_async16(preds + i/(D/8)*LD + i%(D/8)*8, pred + 8*i);
+            *(uint4 *) (preds + i/(D/8)*LD + i%(D/8)*8) = word_order(*(const uint4 *) (pred + 8*i));
         }
     };
     if (RESIDENT) {
@@ -132,24 +131,20 @@ static __global__ void __launch_bounds__(query_rows(D)*2) queries_kernel(seqkv_v
                     const int2 at = pair < a.p.n_rot/2 ? seqkv_pair(pair, a.p.n_rot, a.p.neox) : make_int2(2*pair, 2*pair + 1);
                     for (int iq = 0; iq < nq; ++iq) {
                         const float x = q[iq*D + at.x], y = q[iq*D + at.y];
-                        const int   r = (frame*nq + iq)*LD;
-                        uint32_t h2, l2;
-                        split_f16(x*cs[i].x + y*cs[i].y, y*cs[i].x - x*cs[i].y, h2, l2);
+                        half      * row = rows + (frame*nq + iq)*LD;
+                        const half2 y2  = __floats2half2_rn(x*cs[i].x + y*cs[i].y, y*cs[i].x - x*cs[i].y);
                         if (at.y == at.x + 1) {
-                            *(uint32_t *) (hi + r + at.x) = h2;
-                            *(uint32_t *) (lo + r + at.x) = l2;
+                            *(half2 *) (row + at.x) = y2;
                         } else {
-                            ((uint16_t *) hi)[r + at.x] = (uint16_t) h2;
-                            ((uint16_t *) hi)[r + at.y] = (uint16_t) (h2 >> 16);
-                            ((uint16_t *) lo)[r + at.x] = (uint16_t) l2;
-                            ((uint16_t *) lo)[r + at.y] = (uint16_t) (l2 >> 16);
+                            row[at.x] = __low2half(y2);
+                            row[at.y] = __high2half(y2);
                         }
                     }
                 }
             }
         }
         for (int i = n_rows*LD/2 + threadIdx.x; i < ROWS*LD/2; i += NT) {
-            ((uint32_t *) hi)[i] = ((uint32_t *) lo)[i] = 0;
+            ((uint32_t *) rows)[i] = 0;
         }
 
         float acc[D/8][4] = {{ 0.0f }};
@@ -157,18 +152,12 @@ static __global__ void __launch_bounds__(query_rows(D)*2) queries_kernel(seqkv_v
             if (k0 > 0) {
                 __syncthreads();
                 load_chunk(k0);
-                copy_wait();
             }
             __syncthreads(); // also: the rotated queries are there
+#pragma unroll 2
             for (int kk = 0; kk < CHUNK; kk += 16) {
-                uint32_t ah[4], al[4];
-                const int at = (16*warp + g)*LD + k0 + kk + 2*t;
-#pragma unroll
-                for (int j = 0; j < 4; ++j) {
-                    const int o = at + (j & 1)*8*LD + (j >> 1)*8;
-                    ah[j] = *(const uint32_t *) (hi + o);
-                    al[j] = *(const uint32_t *) (lo + o);
-                }
+                uint32_t x[4];
+                load_a(x, rows + (16*warp + lane%16)*LD + k0 + kk + lane/16*8);
 #pragma unroll
                 for (int n0 = 0; n0 < D/8; n0 += 8) { // independent products one after the other
                     uint32_t b[16];
@@ -178,11 +167,7 @@ static __global__ void __launch_bounds__(query_rows(D)*2) queries_kernel(seqkv_v
                     }
 #pragma unroll
                     for (int n = 0; n < 8; ++n) {
-                        mma_f16(acc[n0 + n], ah, b[2*n], b[2*n + 1]);
-                    }
-#pragma unroll
-                    for (int n = 0; n < 8; ++n) {
-                        mma_f16(acc[n0 + n], al, b[2*n], b[2*n + 1]);
+                        mma_f16(acc[n0 + n], x, b[2*n], b[2*n + 1]);
                     }
                 }
             }
@@ -202,31 +187,23 @@ static __global__ void __launch_bounds__(query_rows(D)*2) queries_kernel(seqkv_v
         if (dense) {
             if (!RESIDENT) {
                 load_preds();
-                copy_wait();
                 __syncthreads();
             }
             float sum[8][4] = {{ 0.0f }};
 #pragma unroll
             for (int k = 0; k < D/16; ++k) {
-                uint32_t ah[4], al[4], b0[8], b1[8];
+                uint32_t x[4];
 #pragma unroll
                 for (int j = 0; j < 4; ++j) {
-                    const float * c = acc[2*k + (j >> 1)] + 2*(j & 1);
-                    split_f16(c[0], c[1], ah[j], al[j]);
+                    const half2 y = __floats2half2_rn(acc[2*k + (j >> 1)][2*(j & 1)], acc[2*k + (j >> 1)][2*(j & 1) + 1]);
+                    x[j] = *(const uint32_t *) &y;
                 }
 #pragma unroll
-                for (int n = 0; n < 8; ++n) {
-                    const half * b = preds + (8*n + g)*LD + 16*k + 2*t;
-                    b0[n] = *(const uint32_t *) b;
-                    b1[n] = *(const uint32_t *) (b + 8);
-                }
-#pragma unroll
-                for (int n = 0; n < 8; ++n) {
-                    mma_f16(sum[n], ah, b0[n], b1[n]);
-                }
-#pragma unroll
-                for (int n = 0; n < 8; ++n) {
-                    mma_f16(sum[n], al, b0[n], b1[n]);
+                for (int n = 0; n < 8; n += 2) {
+                    uint32_t b[4];
+                    load_a(b, preds + (8*n + lane%8 + lane/16*8)*LD + 16*k + (lane >> 3 & 1)*8);
+                    mma_f16(sum[n],     x, b[0], b[1]);
+                    mma_f16(sum[n + 1], x, b[2], b[3]);
                 }
             }
 #pragma unroll
@@ -242,8 +219,7 @@ static __global__ void __launch_bounds__(query_rows(D)*2) queries_kernel(seqkv_v
             }
         }
 
-        // digits; hi and lo are done with
-        float inv[2];
+        // digits
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
             float max = 0.0f;
@@ -253,32 +229,28 @@ static __global__ void __launch_bounds__(query_rows(D)*2) queries_kernel(seqkv_v
             }
             max = fmaxf(max, __shfl_xor_sync(0xffffffff, max, 1));
             max = fmaxf(max, __shfl_xor_sync(0xffffffff, max, 2));
-            inv[e] = max > 0.0f ? DIGITS/max : 0.0f;
-            const int r = 16*warp + g + 8*e;
-            if (t == 0 && r < n_rows) {
+            const float inv = max > 0.0f ? DIGITS/max : 0.0f;
+            const int   r   = 16*warp + g + 8*e;
+            if (r >= n_rows) {
+                continue;
+            }
+            if (t == 0) {
                 f.scale[f.index(a, s, frame0, h)*4*f.n4 + row_query[r]] = max/DIGITS;
             }
+            uint32_t * dst = digits_of<D>(f, f.index(a, s, frame0, h)) + row_digits[r] + 4*t;
 #pragma unroll
-            for (int n = 0; n < D/8; ++n) {
-                *(float2 *) (out + r*(D + 4) + 8*n + 2*t) = make_float2(acc[n][2*e]*inv[e], acc[n][2*e + 1]*inv[e]);
-            }
-        }
-        __syncthreads();
-        const int   run = threadIdx.x%(D/4)/4, tt = threadIdx.x%4;
-        uint32_t  * dst = digits_of<D>(f, f.index(a, s, frame0, h)) + (run/4*32 + tt)*4 + run%4;
-        const float * from = out + 16*run + tt;
-#pragma unroll 4
-        for (int r = threadIdx.x/(D/4); r < n_rows; r += NT/(D/4)) {
-            uint32_t upper = 0, lower = 0;
+            for (int b = 0; b < D/64; ++b) {
+                uint32_t upper[4] = { 0 }, lower[4] = { 0 };
 #pragma unroll
-            for (int j = 0; j < 4; ++j) {
-                const int x = __float2int_rn(from[r*(D + 4) + 4*j]);
-                const int u = (x + 64) >> 7;
-                upper |= (uint32_t) (u & 255) << 8*j;
-                lower |= (uint32_t) ((x - 128*u) & 255) << 8*j;
+                for (int i = 0; i < 16; ++i) { // value i%4 of the word of run i/4
+                    const int x = __float2int_rn(acc[8*b + i/2][2*e + (i & 1)]*inv);
+                    const int u = (x + 64) >> 7;
+                    upper[i/4] |= (uint32_t) (u & 255) << 8*(i%4);
+                    lower[i/4] |= (uint32_t) ((x - 128*u) & 255) << 8*(i%4);
+                }
+                *(uint4 *) (dst + 128*b)      = make_uint4(upper[0], upper[1], upper[2], upper[3]);
+                *(uint4 *) (dst + 128*b + 16) = make_uint4(lower[0], lower[1], lower[2], lower[3]);
             }
-            dst[row_digits[r]]      = upper;
-            dst[row_digits[r] + 16] = lower;
         }
         __syncthreads();
     }
@@ -948,7 +920,7 @@ static void decode_case(ggml_backend_cuda_context & ctx, const ggml_tensor * dst
 
     const int nsm    = ggml_cuda_info().devices[ctx.device].nsm;
     const int frames = query_rows(D)/nq; // of a block at a time
-    const int groups = std::min((f.n_frames + frames - 1)/frames, std::max(1, 2*nsm/(a.p.n_head_kv*a.n_stream)));
+    const int groups = std::min((f.n_frames + frames - 1)/frames, std::max(1, 3*nsm/(a.p.n_head_kv*a.n_stream)));
     ggml_cuda_kernel_launch(queries_kernel<D>, ggml_cuda_kernel_launch_params(dim3(groups, a.p.n_head_kv, a.n_stream), dim3(query_rows(D)*2), smem_q, stream),
         a, f, overlap);
 
