@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../../ggml-cuda/common.cuh"
+#include "../../ggml-backend-impl.h"
 
 void ggml_cuda_seqkv_frame(ggml_backend_cuda_context & ctx, ggml_tensor * dst);
 void ggml_cuda_seqkv_store(ggml_backend_cuda_context & ctx, ggml_tensor * dst);
@@ -10,6 +11,12 @@ void ggml_cuda_seqkv_attn (ggml_backend_cuda_context & ctx, ggml_tensor * dst, g
 
 // Runs node i with those after it that go in the same launches. Returns how many of these are done, 0: nothing was run.
 int ggml_cuda_seqkv_fuse(ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, int i);
+
+// What is launched beside the main stream is done when this returns, as far as later launches there see. At the end of every graph.
+void ggml_cuda_seqkv_join(ggml_backend_cuda_context & ctx);
+
+// Keeps alive what is read beside the main stream.
+void ggml_cuda_seqkv_optimize(const ggml_cgraph * graph, ggml_backend_graph_optimize_params * params);
 
 // FRAME, STORE, ATTN: exactly what the functions above can do. Sources may be missing: then only what is there is asked about.
 bool ggml_cuda_seqkv_supported(int device, const ggml_tensor * op);

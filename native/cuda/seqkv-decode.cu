@@ -1,10 +1,10 @@
 // Decode straight from blocks, on integer tensor cores.
 //
-// Three kernels an op. The first one transforms the queries into every frame (q' = D^T R(-t0) q, or H R(-t0) q), splits them in
-// two signed 7-bit digits, and takes their products with the frame's 64 predictions. In the second one each warp works by itself on
-// tiles of 64 cells of one KV head: levels of K and V by byte permutes, once for all queries of the group; scores as integer
-// products with the digits of the queries, a gain per key and group of values applied to each; values as integer products with
-// the two bytes of p*gain. Exact rows are parts of their own in the same launch. The third one combines the parts.
+// Three kernels an op. In the first one some blocks attend to the exact rows; the others transform the queries into every frame
+// (q' = D^T R(-t0) q, or H R(-t0) q), split them in two signed 7-bit digits, and take their products with the frame's 64
+// predictions. In the second one each warp works by itself on tiles of 64 cells of one KV head: levels of K and V by byte permutes,
+// once for all queries of the group; scores as integer products with the digits of the queries, a gain per key and group of values
+// applied to each; values as integer products with the two bytes of p*gain. The third one combines the parts.
 //
 // Keys are the rows of the tensor core tiles, values their columns turned by ldmatrix; the 8 columns are 4 queries, each with
 // its upper and lower digit next to each other: lane 4*g + t has both digits of query t for keys (or dims) g and g + 8.
@@ -12,13 +12,14 @@
 #include "seqkv-cells.cuh"
 #include "seqkv-mma.cuh"
 
-static constexpr int TILE    = 64;        // cells of a tile
-static constexpr int WARPS   = 4;
-static constexpr int THREADS = WARPS*WARP_SIZE;
-static constexpr int EXACT   = 16;        // exact rows of a part
-static constexpr int MAX_NQ  = 32;        // queries of a KV head
-static constexpr int DIGITS  = 127*128;   // largest value of two signed digits
-static constexpr int BYTES   = 65530;     // largest value of two bytes, with room for rounding
+static constexpr int TILE     = 64;       // cells of a tile
+static constexpr int WARPS    = 4;
+static constexpr int THREADS  = WARPS*WARP_SIZE;
+static constexpr int EXACT    = 16;       // exact rows of a part
+static constexpr int EXACT_NQ = 16;       // queries that work on it together
+static constexpr int MAX_NQ   = 32;       // queries of a KV head
+static constexpr int DIGITS   = 127*128;  // largest value of two signed digits
+static constexpr int BYTES    = 65530;    // largest value of two bytes, with room for rounding
 
 // What the first kernel hands to the second one, by (stream, frame, KV head); n4 tiles of 4 queries
 //   digits: B fragments of the queries, (n4, block of 64, lane) of 16 bytes: lane 4*(2*query + digit) + t, word t of each of the 4 runs
@@ -37,6 +38,124 @@ struct frame_queries {
 template <int D> SEQKV_FN uint32_t * digits_of(const frame_queries & f, int64_t index) { return f.digits + index*(f.n4*D*2); }
 
 //
+// exact rows
+//
+
+SEQKV_FN int64_t part_index(const seqkv_view & a, const seqkv_parts & parts, int s, int h, int iq, int part) {
+    return (((int64_t) s*a.n_tokens + iq/a.group)*a.n_head + h*a.group + iq%a.group)*parts.n_parts + part;
+}
+
+// Exact rows [j0, j0 + EXACT) of one KV head for queries [q0, q0 + nq): plain float arithmetic
+template <int D, int THREADS>
+static __device__ void exact_part(const seqkv_view & a, const seqkv_parts & parts, float * smem, int s, int h, int q0, int nq, int j0, int part) {
+    constexpr int WARPS = THREADS/WARP_SIZE, KD = D/WARP_SIZE, ND = (D + THREADS - 1)/THREADS, KR = EXACT/WARPS;
+    const int warp = threadIdx.x/WARP_SIZE, lane = threadIdx.x%WARP_SIZE;
+    const int n = min(EXACT, a.n_virt - j0);
+    float * q     = smem;       // (nq, D)
+    float * logit = q + nq*D;   // (nq, EXACT): logits, then p
+    const int32_t * meta = a.meta + (int64_t) s*a.n_virt + j0;
+
+    // everything that is read, at once
+    for (int i = threadIdx.x; i < nq*(D/4); i += THREADS) {
+        const int iq = q0 + i/(D/4);
+        ((float4 *) q)[i] = ((const float4 *) a.query(s, iq/a.group, h*a.group + iq%a.group))[i%(D/4)];
+    }
+    float k[KR][KD], other[KR][KD];
+    float2 cs[KR][KD];
+    float v[ND][EXACT];
+    int32_t origin[KR];
+    int     seen[KR]; // tokens that attend to the row
+#pragma unroll
+    for (int e = 0; e < KR; ++e) {
+        const int r = warp + e*WARPS;
+        origin[e] = r < n ? meta[r] : -1;
+        seen[e]   = 0;
+        for (int i = 0; i < a.n_tokens && r < n; ++i) {
+            seen[e] |= __half2float(a.mask_row(s, i)[j0 + r]) == 0.0f ? 1 << i : 0;
+        }
+        const half * row = a.exact(s, min(j0 + r, a.n_virt - 1)) + h*D;
+#pragma unroll
+        for (int c = 0; c < KD; ++c) {
+            const int i = c*WARP_SIZE + lane, half_rot = a.p.n_rot/2;
+            k[e][c]     = __half2float(row[i]);
+            other[e][c] = i >= a.p.n_rot ? 0.0f : __half2float(row[a.p.neox ? (i >= half_rot ? i - half_rot : i + half_rot) : i ^ 1]);
+        }
+    }
+#pragma unroll
+    for (int c = 0; c < ND; ++c) {
+        const int i = c*THREADS + threadIdx.x;
+#pragma unroll
+        for (int r = 0; r < EXACT; ++r) {
+            v[c][r] = i < D && r < n ? __half2float(a.exact(s, j0 + r)[a.p.n_head_kv*D + h*D + i]) : 0.0f;
+        }
+    }
+#pragma unroll
+    for (int e = 0; e < KR; ++e) {
+#pragma unroll
+        for (int c = 0; c < KD; ++c) {
+            const int i = c*WARP_SIZE + lane, half_rot = a.p.n_rot/2;
+            const int pair = a.p.neox ? (i >= half_rot ? i - half_rot : i) : i/2;
+            cs[e][c] = origin[e] < 0 || i >= a.p.n_rot ? make_float2(1.0f, 0.0f) : ((const float2 *) a.rot.origin(origin[e]))[pair];
+        }
+    }
+#pragma unroll
+    for (int e = 0; e < KR; ++e) {
+#pragma unroll
+        for (int c = 0; c < KD; ++c) {
+            const int  i      = c*WARP_SIZE + lane;
+            const bool second = a.p.neox ? i >= a.p.n_rot/2 : i & 1;
+            k[e][c] = k[e][c]*cs[e][c].x + (second ? other[e][c] : -other[e][c])*cs[e][c].y;
+        }
+    }
+    __syncthreads();
+    for (int iq = 0; iq < nq; ++iq) {
+        const int token = (q0 + iq)/a.group;
+#pragma unroll
+        for (int e = 0; e < KR; ++e) {
+            const int r = warp + e*WARPS;
+            float dot = 0.0f;
+#pragma unroll
+            for (int c = 0; c < KD; ++c) {
+                dot += q[iq*D + c*WARP_SIZE + lane]*k[e][c];
+            }
+            dot = warp_reduce_sum(dot);
+            if (lane == 0) {
+                logit[iq*EXACT + r] = origin[e] >= 0 && (seen[e] >> token & 1) ? seqkv_logit(dot, a.p) : -INFINITY;
+            }
+        }
+    }
+    __syncthreads();
+    for (int iq0 = 0; iq0 < nq; iq0 += THREADS/EXACT) {
+        const int   iq = iq0 + threadIdx.x/EXACT;
+        const float x  = iq < nq ? logit[iq*EXACT + threadIdx.x%EXACT] : -INFINITY;
+        const float m = warp_reduce_max<EXACT>(x);
+        const float p = x == -INFINITY ? 0.0f : __expf(x - m);
+        const float l = warp_reduce_sum<EXACT>(p);
+        if (iq < nq) {
+            logit[iq*EXACT + threadIdx.x%EXACT] = p;
+        }
+        if (iq < nq && threadIdx.x%EXACT == 0) {
+            parts.ml[part_index(a, parts, s, h, q0 + iq, part)] = make_float2(m, l);
+        }
+    }
+    __syncthreads();
+    for (int iq = 0; iq < nq; ++iq) {
+        const int64_t at = part_index(a, parts, s, h, q0 + iq, part)*D;
+#pragma unroll
+        for (int c = 0; c < ND; ++c) {
+            float sum = 0.0f;
+#pragma unroll
+            for (int r = 0; r < EXACT; ++r) {
+                sum += logit[iq*EXACT + r]*v[c][r];
+            }
+            if (c*THREADS + threadIdx.x < D) {
+                parts.acc[at + c*THREADS + threadIdx.x] = sum;
+            }
+        }
+    }
+}
+
+//
 // queries in the frames
 //
 
@@ -50,9 +169,10 @@ SEQKV_FN uint4 word_order(uint4 x) {
     return make_uint4(seqkv_prmt(x.x, x.z, 0x5410), seqkv_prmt(x.x, x.z, 0x7632), seqkv_prmt(x.y, x.w, 0x5410), seqkv_prmt(x.y, x.w, 0x7632));
 }
 
-// overlap: the kernel before this one writes the cache and nothing that is read here: run beside it
+// blockIdx: (group of frames, or behind these part of exact rows and chunk of queries, KV head, stream)
+// overlap: the kernel before this one makes the frame rows, which exact rows alone need
 template <int D>
-static __global__ void __launch_bounds__(query_rows(D)*2) queries_kernel(seqkv_view a, frame_queries f, bool overlap) {
+static __global__ void __launch_bounds__(query_rows(D)*2) queries_kernel(seqkv_view a, frame_queries f, seqkv_parts parts, int groups, bool overlap) {
     constexpr int  ROWS = query_rows(D), LD = D + 8, NT = ROWS*2, CHUNK = query_chunk(D);
     constexpr bool RESIDENT = query_resident(D);
     extern __shared__ __align__(16) half smem_h[];
@@ -65,6 +185,14 @@ static __global__ void __launch_bounds__(query_rows(D)*2) queries_kernel(seqkv_v
     const int nq = a.n_tokens*a.group;
     const int warp = threadIdx.x/WARP_SIZE, lane = threadIdx.x%WARP_SIZE, g = lane/4, t = lane%4;
     const bool dense = a.form_k == SEQKV_DENSE;
+
+    if ((int) blockIdx.x >= groups) {
+        const int n_chunks = (nq + EXACT_NQ - 1)/EXACT_NQ, part = (blockIdx.x - groups)/n_chunks, q0 = (blockIdx.x - groups)%n_chunks*EXACT_NQ;
+        ggml_cuda_pdl_sync();
+        ggml_cuda_pdl_lc();
+        exact_part<D, NT>(a, parts, (float *) smem_h, s, h, q0, min(EXACT_NQ, nq - q0), a.p.n_kv + part*EXACT, parts.n_z + part);
+        return;
+    }
 
     // where a row's results go, counted from the block's first frame: words of digits, rows of pred and scale
     __shared__ int row_digits[ROWS], row_query[ROWS];
@@ -103,7 +231,7 @@ static __global__ void __launch_bounds__(query_rows(D)*2) queries_kernel(seqkv_v
         copy_async16((float4 *) q + i, (const float4 *) a.query(s, iq/a.group, h*a.group + iq%a.group) + i%(D/4));
     }
 
-    for (int frame0 = blockIdx.x*(ROWS/nq); frame0 < f.n_frames; frame0 += gridDim.x*(ROWS/nq)) {
+    for (int frame0 = blockIdx.x*(ROWS/nq); frame0 < f.n_frames; frame0 += groups*(ROWS/nq)) {
         const int n_frames = min(ROWS/nq, f.n_frames - frame0);
         const int n_rows   = n_frames*nq;
         if (!RESIDENT) {
@@ -304,16 +432,20 @@ template <int PITCH> struct row_loader {
     template <int N> __device__ __forceinline__ void load(char * raw, int j0, int end, int lane) const {
         const char * base = cells + (int64_t) j0*nb1;
         if (n16) {
-            const int    row = lane/LANES, piece = lane%LANES;
-            const int    n   = piece < n16 && row < ROWS ? min(N, end - j0) - row : 0;
+            // lanes and rows without a piece of their own repeat another: no lane waits for a branch
+            const int    row = min(lane/LANES, ROWS - 1), piece = min(lane%LANES, n16 - 1);
             const char * src = base + (row*nb1 + piece*16 - skew);
             char       * dst = raw + row*PITCH + piece*16;
+            if (j0 + N <= end) {
 #pragma unroll
-            for (int r = 0; r < N; r += ROWS) {
-                if (r < n) {
-                    copy_async16(dst + r*PITCH, src);
+                for (int r = 0; r < N; r += ROWS) {
+                    const int at = N%ROWS && r + ROWS > N ? min(r, N - 1 - row) : r;
+                    copy_async16(dst + at*PITCH, src + at*nb1);
                 }
-                src += ROWS*nb1;
+            } else {
+                for (int r = row; r < N && j0 + r < end; r += ROWS) {
+                    copy_async16(raw + r*PITCH + piece*16, base + (r*nb1 + piece*16 - skew));
+                }
             }
         } else {
 #pragma unroll 1
@@ -330,120 +462,6 @@ template <int PITCH> struct row_loader {
     }
 };
 
-SEQKV_FN int64_t part_index(const seqkv_view & a, const seqkv_parts & parts, int s, int h, int iq, int part) {
-    return (((int64_t) s*a.n_tokens + iq/a.group)*a.n_head + h*a.group + iq%a.group)*parts.n_parts + part;
-}
-
-// Exact rows [j0, j0 + EXACT) of one KV head for queries [q0, q0 + nq): plain float arithmetic
-template <int D>
-static __device__ void exact_part(const seqkv_view & a, const seqkv_parts & parts, float * smem, int s, int h, int q0, int nq, int j0, int part) {
-    constexpr int KD = D/WARP_SIZE, ND = (D + THREADS - 1)/THREADS, KR = EXACT/WARPS;
-    const int warp = threadIdx.x/WARP_SIZE, lane = threadIdx.x%WARP_SIZE;
-    const int n = min(EXACT, a.n_virt - j0);
-    float * q     = smem;       // (nq, D)
-    float * logit = q + nq*D;   // (nq, EXACT): logits, then p
-    const int32_t * meta = a.meta + (int64_t) s*a.n_virt + j0;
-
-    // everything that is read, at once
-    for (int i = threadIdx.x; i < nq*(D/4); i += THREADS) {
-        const int iq = q0 + i/(D/4);
-        ((float4 *) q)[i] = ((const float4 *) a.query(s, iq/a.group, h*a.group + iq%a.group))[i%(D/4)];
-    }
-    float k[KR][KD], other[KR][KD];
-    float2 cs[KR][KD];
-    float v[ND][EXACT];
-    int32_t origin[KR];
-    int     seen[KR]; // tokens that attend to the row
-#pragma unroll
-    for (int e = 0; e < KR; ++e) {
-        const int r = warp + e*WARPS;
-        origin[e] = r < n ? meta[r] : -1;
-        seen[e]   = 0;
-        for (int i = 0; i < a.n_tokens && r < n; ++i) {
-            seen[e] |= __half2float(a.mask_row(s, i)[j0 + r]) == 0.0f ? 1 << i : 0;
-        }
-        const half * row = a.exact(s, min(j0 + r, a.n_virt - 1)) + h*D;
-#pragma unroll
-        for (int c = 0; c < KD; ++c) {
-            const int i = c*WARP_SIZE + lane, half_rot = a.p.n_rot/2;
-            k[e][c]     = __half2float(row[i]);
-            other[e][c] = i >= a.p.n_rot ? 0.0f : __half2float(row[a.p.neox ? (i >= half_rot ? i - half_rot : i + half_rot) : i ^ 1]);
-        }
-    }
-#pragma unroll
-    for (int c = 0; c < ND; ++c) {
-        const int i = c*THREADS + threadIdx.x;
-#pragma unroll
-        for (int r = 0; r < EXACT; ++r) {
-            v[c][r] = i < D && r < n ? __half2float(a.exact(s, j0 + r)[a.p.n_head_kv*D + h*D + i]) : 0.0f;
-        }
-    }
-#pragma unroll
-    for (int e = 0; e < KR; ++e) {
-#pragma unroll
-        for (int c = 0; c < KD; ++c) {
-            const int i = c*WARP_SIZE + lane, half_rot = a.p.n_rot/2;
-            const int pair = a.p.neox ? (i >= half_rot ? i - half_rot : i) : i/2;
-            cs[e][c] = origin[e] < 0 || i >= a.p.n_rot ? make_float2(1.0f, 0.0f) : ((const float2 *) a.rot.origin(origin[e]))[pair];
-        }
-    }
-#pragma unroll
-    for (int e = 0; e < KR; ++e) {
-#pragma unroll
-        for (int c = 0; c < KD; ++c) {
-            const int  i      = c*WARP_SIZE + lane;
-            const bool second = a.p.neox ? i >= a.p.n_rot/2 : i & 1;
-            k[e][c] = k[e][c]*cs[e][c].x + (second ? other[e][c] : -other[e][c])*cs[e][c].y;
-        }
-    }
-    __syncthreads();
-    for (int iq = 0; iq < nq; ++iq) {
-        const int token = (q0 + iq)/a.group;
-#pragma unroll
-        for (int e = 0; e < KR; ++e) {
-            const int r = warp + e*WARPS;
-            float dot = 0.0f;
-#pragma unroll
-            for (int c = 0; c < KD; ++c) {
-                dot += q[iq*D + c*WARP_SIZE + lane]*k[e][c];
-            }
-            dot = warp_reduce_sum(dot);
-            if (lane == 0) {
-                logit[iq*EXACT + r] = origin[e] >= 0 && (seen[e] >> token & 1) ? seqkv_logit(dot, a.p) : -INFINITY;
-            }
-        }
-    }
-    __syncthreads();
-    for (int iq0 = 0; iq0 < nq; iq0 += THREADS/EXACT) {
-        const int   iq = iq0 + threadIdx.x/EXACT;
-        const float x  = iq < nq ? logit[iq*EXACT + threadIdx.x%EXACT] : -INFINITY;
-        const float m = warp_reduce_max<EXACT>(x);
-        const float p = x == -INFINITY ? 0.0f : __expf(x - m);
-        const float l = warp_reduce_sum<EXACT>(p);
-        if (iq < nq) {
-            logit[iq*EXACT + threadIdx.x%EXACT] = p;
-        }
-        if (iq < nq && threadIdx.x%EXACT == 0) {
-            parts.ml[part_index(a, parts, s, h, q0 + iq, part)] = make_float2(m, l);
-        }
-    }
-    __syncthreads();
-    for (int iq = 0; iq < nq; ++iq) {
-        const int64_t at = part_index(a, parts, s, h, q0 + iq, part)*D;
-#pragma unroll
-        for (int c = 0; c < ND; ++c) {
-            float sum = 0.0f;
-#pragma unroll
-            for (int r = 0; r < EXACT; ++r) {
-                sum += logit[iq*EXACT + r]*v[c][r];
-            }
-            if (c*THREADS + threadIdx.x < D) {
-                parts.acc[at + c*THREADS + threadIdx.x] = sum;
-            }
-        }
-    }
-}
-
 // blockIdx: (part, KV head, stream x chunk of 4*NT queries). D: head_dim of keys and values.
 template <int D, int NT>
 static __global__ void __launch_bounds__(THREADS, D == 256 || NT == 4 ? 2 : NT == 2 ? 3 : 4) decode_kernel(seqkv_view a, frame_queries f, seqkv_parts parts, int n_chunks) {
@@ -456,11 +474,6 @@ static __global__ void __launch_bounds__(THREADS, D == 256 || NT == 4 ? 2 : NT =
     ggml_cuda_pdl_lc();
     const int h = blockIdx.y, s = blockIdx.z/n_chunks, q0 = blockIdx.z%n_chunks*4*NT;
     const int nq = a.n_tokens*a.group;
-    if ((int) blockIdx.x >= parts.n_z) {
-        exact_part<D>(a, parts, (float *) smem_raw, s, h, q0, min(4*NT, nq - q0), a.p.n_kv + (blockIdx.x - parts.n_z)*EXACT, blockIdx.x);
-        return;
-    }
-
     const int warp = threadIdx.x/WARP_SIZE, lane = threadIdx.x%WARP_SIZE, g = lane/4, t = lane%4;
     smem_t & sm = ((smem_t *) smem_raw)[warp];
     const bool  dense   = a.form_k == SEQKV_DENSE;
@@ -914,26 +927,22 @@ static void decode_case(ggml_backend_cuda_context & ctx, const ggml_tensor * dst
 
     const size_t     smem_q = query_smem(D, nq);
     constexpr size_t smem   = decode_smem_bytes<D, NT>();
-    static_assert(4*NT*(D + EXACT)*sizeof(float) <= smem, "exact rows work in the same memory");
+    static_assert(EXACT_NQ*(D + EXACT)*sizeof(float) <= query_smem(D, 0), "exact rows work in the same memory");
     CUDA_SET_SHARED_MEMORY_LIMIT((queries_kernel<D>), query_smem(D, MAX_NQ));
     CUDA_SET_SHARED_MEMORY_LIMIT((decode_kernel<D, NT>), smem);
-
-    const int nsm    = ggml_cuda_info().devices[ctx.device].nsm;
-    const int frames = query_rows(D)/nq; // of a block at a time
-    const int groups = std::min((f.n_frames + frames - 1)/frames, std::max(1, 3*nsm/(a.p.n_head_kv*a.n_stream)));
-    ggml_cuda_kernel_launch(queries_kernel<D>, ggml_cuda_kernel_launch_params(dim3(groups, a.p.n_head_kv, a.n_stream), dim3(query_rows(D)*2), smem_q, stream),
-        a, f, overlap);
 
     static int per_sm[GGML_CUDA_MAX_DEVICES] = { 0 };
     if (per_sm[ctx.device] == 0) {
         CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_sm[ctx.device], decode_kernel<D, NT>, THREADS, smem));
     }
+    const int nsm     = ggml_cuda_info().devices[ctx.device].nsm;
     const int n_tiles = (a.p.n_kv + TILE - 1)/TILE;
     const int blocks  = nsm*std::max(1, per_sm[ctx.device]);
+    const int n_exact = (a.n_virt - a.p.n_kv + EXACT - 1)/EXACT;
 
     seqkv_parts parts;
     parts.n_z      = std::max(1, std::min((n_tiles + WARPS - 1)/WARPS, blocks/(a.p.n_head_kv*a.n_stream*n_chunks)));
-    parts.n_parts  = parts.n_z + (a.n_virt - a.p.n_kv + EXACT - 1)/EXACT;
+    parts.n_parts  = parts.n_z + n_exact;
     parts.permuted = 1;
     const int64_t n_out = (int64_t) a.n_stream*a.n_tokens*a.n_head*parts.n_parts;
     ggml_cuda_pool_alloc<float2> ml (ctx.pool(), n_out);
@@ -941,7 +950,11 @@ static void decode_case(ggml_backend_cuda_context & ctx, const ggml_tensor * dst
     parts.ml  = ml.get();
     parts.acc = acc.get();
 
-    ggml_cuda_kernel_launch(decode_kernel<D, NT>, ggml_cuda_kernel_launch_params(dim3(parts.n_parts, a.p.n_head_kv, a.n_stream*n_chunks), dim3(THREADS), smem, stream),
+    const int frames = query_rows(D)/nq; // of a block at a time
+    const int groups = std::min((f.n_frames + frames - 1)/frames, std::max(1, 3*nsm/(a.p.n_head_kv*a.n_stream)));
+    ggml_cuda_kernel_launch(queries_kernel<D>, ggml_cuda_kernel_launch_params(dim3(groups + n_exact*((nq + EXACT_NQ - 1)/EXACT_NQ), a.p.n_head_kv, a.n_stream),
+        dim3(query_rows(D)*2), smem_q, stream), a, f, parts, groups, overlap);
+    ggml_cuda_kernel_launch(decode_kernel<D, NT>, ggml_cuda_kernel_launch_params(dim3(parts.n_z, a.p.n_head_kv, a.n_stream*n_chunks), dim3(THREADS), smem, stream),
         a, f, parts, n_chunks);
     seqkv_combine(ctx, a, parts, rows);
 }

@@ -16,6 +16,8 @@ static __global__ void seqkv_frame_kernel(const char * k, const char * v, half *
         ggml_seqkv_params p, int64_t k_nb1, int64_t k_nb2, int64_t v_nb1, int64_t v_nb2) {
     const int t = blockIdx.x;
     const int h = blockIdx.y;
+    ggml_cuda_pdl_sync();
+    ggml_cuda_pdl_lc(); // after the former: who comes next may read what was there before this kernel
     half * row = dst + (int64_t) t*p.n_head_kv*(p.dk + p.dv);
     const float * cs = rot.origin(meta.token(t));
     const float * x  = (const float *) (k + h*k_nb1 + t*k_nb2);
@@ -35,8 +37,9 @@ void ggml_cuda_seqkv_frame(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
     if (dst->ne[1] == 0) {
         return;
     }
-    seqkv_frame_kernel<<<dim3(dst->ne[1], p.n_head_kv), 64, 0, ctx.stream()>>>((const char *) k->data, (const char *) v->data, (half *) dst->data,
-        seqkv_meta_of(dst->src[2], p), seqkv_rot_of(dst->src[3], p), p, k->nb[1], k->nb[2], v->nb[1], v->nb[2]);
+    ggml_cuda_kernel_launch(seqkv_frame_kernel, ggml_cuda_kernel_launch_params(dim3(dst->ne[1], p.n_head_kv), dim3(64), 0, ctx.stream()),
+        (const char *) k->data, (const char *) v->data, (half *) dst->data, seqkv_meta_of(dst->src[2], p), seqkv_rot_of(dst->src[3], p), p,
+        (int64_t) k->nb[1], (int64_t) k->nb[2], (int64_t) v->nb[1], (int64_t) v->nb[2]);
 }
 
 //
@@ -379,15 +382,16 @@ static __device__ void store_head(const store_part & a, int h, int32_t offset, f
     }
 }
 
-// blockIdx: (token, KV head)
+// blockIdx: (token, KV head, part)
 template <int D>
-static __global__ void __launch_bounds__(STORE_WARPS*WARP_SIZE) seqkv_store_kernel(store_part part, const half * cur, seqkv_meta meta, ggml_seqkv_params p) {
+static __global__ void __launch_bounds__(STORE_WARPS*WARP_SIZE) seqkv_store_kernel(store_part part0, store_part part1, const half * cur, seqkv_meta meta, ggml_seqkv_params p) {
     __shared__ float x[D], z[D];
     __shared__ encode_scratch scratch[STORE_WARPS];
     __shared__ encode_tables  tables;
 
     const int t = blockIdx.x;
     const int h = blockIdx.y;
+    const store_part & part = blockIdx.z == 0 ? part0 : part1;
     const int64_t cell = part.idxs[t];
     if (cell < 0) {
         return;
@@ -452,6 +456,21 @@ static __global__ void seqkv_store_row_kernel(char * dst, const half * cur, cons
     }
 }
 
+// the STOREs part0 and, of two, part1 of the same frame rows
+static void store_parts(const ggml_tensor * part0, const ggml_tensor * part1, int n, cudaStream_t stream) {
+    const ggml_seqkv_params p = seqkv_params(part0);
+    const ggml_tensor * cur = part0->src[0];
+    const auto launch = [&](auto kernel) {
+        kernel<<<dim3(cur->ne[1], p.n_head_kv, n), STORE_WARPS*WARP_SIZE, 0, stream>>>(
+            store_part_of(part0), store_part_of(part1), (const half *) cur->data, seqkv_meta_of(part0->src[3], p), p);
+    };
+    switch (p.part == GGML_SEQKV_KEY ? p.dk : p.dv) {
+        case 64:  launch(seqkv_store_kernel< 64>); break;
+        case 128: launch(seqkv_store_kernel<128>); break;
+        default:  launch(seqkv_store_kernel<256>); break;
+    }
+}
+
 void ggml_cuda_seqkv_store(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
     const ggml_tensor * cur = dst->src[0];
     const ggml_seqkv_params p = seqkv_params(dst);
@@ -463,14 +482,7 @@ void ggml_cuda_seqkv_store(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
             (const int64_t *) dst->src[1]->data, (int) cur->ne[0], dst->nb[1]);
         return;
     }
-    const auto part = store_part_of(dst);
-    const auto meta = seqkv_meta_of(dst->src[3], p);
-    const dim3 grid(cur->ne[1], p.n_head_kv), block(STORE_WARPS*WARP_SIZE);
-    switch (part.is_key ? p.dk : p.dv) {
-        case 64:  seqkv_store_kernel< 64><<<grid, block, 0, ctx.stream()>>>(part, (const half *) cur->data, meta, p); break;
-        case 128: seqkv_store_kernel<128><<<grid, block, 0, ctx.stream()>>>(part, (const half *) cur->data, meta, p); break;
-        default:  seqkv_store_kernel<256><<<grid, block, 0, ctx.stream()>>>(part, (const half *) cur->data, meta, p); break;
-    }
+    store_parts(dst, dst, 1, ctx.stream());
 }
 
 static bool is_view(const ggml_tensor * t) {
@@ -500,14 +512,70 @@ static int match_write(const ggml_cgraph * graph, int i, const ggml_tensor * (&p
     return 0;
 }
 
-// these in one launch
+// Decode writes blocks on a stream of its own, beside everything up to the next layer's FRAME: its attention does not read them.
+struct seqkv_side {
+    cudaEvent_t fork = nullptr, join = nullptr;
+    bool        pending = false;
+
+    seqkv_side() {
+        CUDA_CHECK(cudaEventCreateWithFlags(&fork, cudaEventDisableTiming));
+        CUDA_CHECK(cudaEventCreateWithFlags(&join, cudaEventDisableTiming));
+    }
+    ~seqkv_side() {
+        cudaEventDestroy(fork);
+        cudaEventDestroy(join);
+    }
+    static seqkv_side & of(ggml_backend_cuda_context & ctx) {
+        if (!ctx.seqkv) {
+            ctx.seqkv = std::make_shared<seqkv_side>();
+        }
+        return *(seqkv_side *) ctx.seqkv.get();
+    }
+};
+static constexpr int SIDE_STREAM = GGML_CUDA_MAX_STREAMS - 1;
+
+void ggml_cuda_seqkv_join(ggml_backend_cuda_context & ctx) {
+    if (ctx.seqkv && seqkv_side::of(ctx).pending) {
+        CUDA_CHECK(cudaStreamWaitEvent(ctx.stream(), seqkv_side::of(ctx).join));
+        seqkv_side::of(ctx).pending = false;
+    }
+}
+
+static bool on_side(const ggml_tensor * frame) { return frame->ne[1] <= SEQKV_MAX_DECODE; }
+
+void ggml_cuda_seqkv_optimize(const ggml_cgraph * graph, ggml_backend_graph_optimize_params * params) {
+    ggml_tensor * last = nullptr;
+    for (int i = graph->n_nodes - 1; i >= 0; --i) {
+        const ggml_tensor * parts[2];
+        if (graph->nodes[i]->op == GGML_OP_SEQKV_FRAME) {
+            if (on_side(graph->nodes[i]) && match_write(graph, i, parts)) { // its rows are read until the next one, or the end
+                params->add_alloc_dep(params->user_data, graph->nodes[i], last ? last : graph->nodes[graph->n_nodes - 1]);
+            }
+            last = graph->nodes[i];
+        }
+    }
+}
+
+// these in one launch, or in two, the second one on the side
 static int fuse_write(ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, int i) {
-    const ggml_tensor * frame    = graph->nodes[i];
+    ggml_cuda_seqkv_join(ctx);
+    ggml_tensor * frame = graph->nodes[i];
     const ggml_tensor * parts[2] = { nullptr, nullptr };
     const int last = match_write(graph, i, parts);
     const ggml_seqkv_params p = seqkv_params(frame);
     if (last == 0) {
         return 0;
+    }
+    if (on_side(frame) && ctx.stream_context().concurrent_events.empty()) {
+        ggml_cuda_seqkv_frame(ctx, frame);
+        seqkv_side & side = seqkv_side::of(ctx);
+        cudaStream_t stream = ctx.stream(ctx.device, SIDE_STREAM);
+        CUDA_CHECK(cudaEventRecord(side.fork, ctx.stream()));
+        CUDA_CHECK(cudaStreamWaitEvent(stream, side.fork));
+        store_parts(parts[0], parts[1], 2, stream);
+        CUDA_CHECK(cudaEventRecord(side.join, stream));
+        side.pending = true;
+        return last - i;
     }
     const ggml_tensor * k = frame->src[0];
     const ggml_tensor * v = frame->src[1];
