@@ -41,6 +41,7 @@ struct ggml_seqkv_params {
     int32_t part;                   // STORE: enum ggml_seqkv_part
     int32_t n_kv, n_win;            // cells and window rows of the virtual axis
     float   scale, softcap;         // ATTN
+    int32_t stored_before;          // 1: no query attends to a cell that its own graph stores, so that STORE and ATTN need no order
 };
 
 // The types: X(enum suffix, name, bits, graded)

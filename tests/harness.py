@@ -124,10 +124,10 @@ class Setup:
 class Model:
     """A loaded GGUF file."""
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, n_gpu_layers: int = 0) -> None:
         self.path = Path(path)
         params = api.llama_model_default_params()
-        params.n_gpu_layers = 0
+        params.n_gpu_layers = n_gpu_layers
         self.ptr = _load_model(str(path).encode(), params)
         if not self.ptr:
             raise RuntimeError(f"cannot load {path}: {log_lines[-1:]}")
@@ -343,8 +343,8 @@ class DecodeError(RuntimeError):
 class Models:
     """Tiny models by name, written and loaded once."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, n_gpu_layers: int = 0) -> None:
+        self.folder, self.n_gpu_layers = folder, n_gpu_layers
         self._models: dict[str, Model] = {}
 
     def path(self, name: str) -> Path:
@@ -356,7 +356,7 @@ class Models:
     def __call__(self, name: str) -> Model:
         """The model, with default cache settings."""
         if name not in self._models:
-            self._models[name] = Model(self.path(name))
+            self._models[name] = Model(self.path(name), self.n_gpu_layers)
         if PATCHED:
             status, err = self._models[name].configure()
             assert status == 0, err

@@ -4,8 +4,9 @@
     python tools/cuda_checks.py --model FILE.gguf [--text FILE] [--speed-model FILE.gguf] [--json docs/cuda.json]
 
 Steps (--steps takes a list of them):
-    build      pip install -e . with -DGGML_CUDA=ON -DSEQKV_CUDA=ON, and test-backend-ops
+    build      pip install -e . with -DGGML_CUDA=ON, and test-backend-ops
     ops        test-backend-ops: the CUDA ops against the scalar oracle, all cases
+    live       pytest -m cuda: live graphs of tiny models against the CPU
     sanitizer  compute-sanitizer on some of these cases: out-of-bounds and misaligned accesses
     quality    bench quality on the GPU and on the CPU: the mean KLD of each type has to agree within four standard errors
     speed      bench speed at depths on --speed-model (default: --model)
@@ -61,10 +62,10 @@ def run(command: list[str], timeout: float = 1800, **env: str) -> tuple[int, str
 
 def build(args: argparse.Namespace) -> dict[str, Any]:
     command = [sys.executable, "-m", "pip", "install", "-e", ".[test]"]
-    status, text = run(command, timeout=7200, CMAKE_ARGS="-DGGML_CUDA=ON -DSEQKV_CUDA=ON -DSEQKV_BUILD_TESTS=ON")
+    status, text = run(command, timeout=7200, CMAKE_ARGS="-DGGML_CUDA=ON -DSEQKV_BUILD_TESTS=ON")
     return {
         "ok": status == 0,
-        "command": "CMAKE_ARGS='-DGGML_CUDA=ON -DSEQKV_CUDA=ON -DSEQKV_BUILD_TESTS=ON' " + shown(command),
+        "command": "CMAKE_ARGS='-DGGML_CUDA=ON -DSEQKV_BUILD_TESTS=ON' " + shown(command),
         "tail": text[-500:] if status else "",
     }
 
@@ -87,6 +88,16 @@ def ops(args: argparse.Namespace) -> dict[str, Any]:
         result[op] = {"passed": passed, "total": total, "ok": ok, "command": shown(command)}
         result["ok"] &= ok
     return result
+
+
+def live(args: argparse.Namespace) -> dict[str, Any]:
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "cuda", "tests/test_cuda_live.py"]
+    status, text = run(command, timeout=600)
+    count = re.search(r"(\d+) passed", text)
+    ok = status == 0 and count is not None and "skipped" not in text
+    if not ok:
+        print(text[-3000:], flush=True)
+    return {"ok": ok, "passed": int(count[1]) if count else 0, "command": shown(["python", *command[1:]])}
 
 
 def sanitizer(args: argparse.Namespace) -> dict[str, Any]:
@@ -170,7 +181,7 @@ def speed(args: argparse.Namespace) -> dict[str, Any]:
     return {"ok": rows is not None, "command": command, "rows": rows}
 
 
-STEPS = {"build": build, "ops": ops, "sanitizer": sanitizer, "quality": quality, "speed": speed}
+STEPS = {"build": build, "ops": ops, "live": live, "sanitizer": sanitizer, "quality": quality, "speed": speed}
 
 
 def main() -> int:

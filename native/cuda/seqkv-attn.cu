@@ -358,9 +358,7 @@ static __global__ void combine_kernel(seqkv_view a, seqkv_parts parts, window_ro
     const float  * acc = parts.acc + row*parts.n_parts*dv;
     const int warp = threadIdx.x/WARP_SIZE, lane = threadIdx.x%WARP_SIZE, n_warps = blockDim.x/WARP_SIZE;
 
-    const bool  prof    = a.bits_v && a.tables.prof;
-    const float v_mean  = prof ? __half2float(a.tables.v_mean(h)[i])       : 0.0f;
-    const float v_scale = prof ? 1.0f/__half2float(a.tables.v_scale(h)[i]) : 1.0f;
+    const bool prof = a.bits_v && a.tables.prof;
     ggml_cuda_pdl_sync();
     ggml_cuda_pdl_lc();
     if (rows.dst && rows.idxs[blockIdx.y] >= 0) {
@@ -422,21 +420,54 @@ static __global__ void combine_kernel(seqkv_view a, seqkv_parts parts, window_ro
         l   += reduced[1][w];
         l_z += reduced[2][w];
     }
-    if (group == 0) {
-        for (int k = 1; k < COMBINE_GROUPS; ++k) {
-            z[i] += z[k*dv + i];
-            y[i] += y[k*dv + i];
+    if (warp > 0) {
+        return;
+    }
+    // one warp has the rest: value 32*j + lane
+    float x[SEQKV_MAX_HEAD/WARP_SIZE];
+#pragma unroll
+    for (int j = 0; j < SEQKV_MAX_HEAD/WARP_SIZE; ++j) {
+        x[j] = 0.0f;
+#pragma unroll
+        for (int k = 0; k < COMBINE_GROUPS; ++k) {
+            x[j] += WARP_SIZE*j < dv ? z[k*dv + WARP_SIZE*j + lane] : 0.0f;
         }
     }
-    if (parts.n_z > 0) {
-        seqkv_fwht_shared(z, dv, threadIdx.x, blockDim.x);
-    }
-    if (group == 0) {
-        float x = y[i];
-        if (parts.n_z > 0) {
-            x += z[i]*v_scale + l_z*v_mean;
+    if (parts.n_z > 0) { // H
+#pragma unroll
+        for (int m = 1; m < WARP_SIZE; m *= 2) {
+#pragma unroll
+            for (int j = 0; j < SEQKV_MAX_HEAD/WARP_SIZE; ++j) {
+                const float other = __shfl_xor_sync(0xffffffff, x[j], m);
+                x[j] = lane & m ? other - x[j] : x[j] + other;
+            }
         }
-        a.dst[row*dv + i] = l > 0.0f ? x/l : 0.0f;
+#pragma unroll
+        for (int m = 1; m < SEQKV_MAX_HEAD/WARP_SIZE; m *= 2) {
+#pragma unroll
+            for (int j = 0; j < SEQKV_MAX_HEAD/WARP_SIZE; ++j) {
+                if (!(j & m) && WARP_SIZE*m < dv) {
+                    const float u = x[j], v = x[j | m];
+                    x[j]     = u + v;
+                    x[j | m] = u - v;
+                }
+            }
+        }
+    }
+    const float norm = parts.n_z > 0 ? rsqrtf((float) dv) : 0.0f;
+#pragma unroll
+    for (int j = 0; j < SEQKV_MAX_HEAD/WARP_SIZE; ++j) {
+        const int c = WARP_SIZE*j + lane;
+        if (c < dv) {
+            const float scale = prof ? 1.0f/__half2float(a.tables.v_scale(h)[c]) : 1.0f;
+            const float mean  = prof && parts.n_z > 0 ? l_z*__half2float(a.tables.v_mean(h)[c]) : 0.0f;
+            float sum = norm*x[j]*scale + mean;
+#pragma unroll
+            for (int k = 0; k < COMBINE_GROUPS; ++k) {
+                sum += y[k*dv + c];
+            }
+            a.dst[row*dv + c] = l > 0.0f ? sum/l : 0.0f;
+        }
     }
 }
 

@@ -431,20 +431,24 @@ template <int PITCH> struct row_loader {
     // rows [j0, j0 + N) below end
     template <int N> __device__ __forceinline__ void load(char * raw, int j0, int end, int lane) const {
         const char * base = cells + (int64_t) j0*nb1;
-        if (n16) {
-            // lanes and rows without a piece of their own repeat another: no lane waits for a branch
-            const int    row = min(lane/LANES, ROWS - 1), piece = min(lane%LANES, n16 - 1);
+        if (n16 > 0 && n16 <= 4 && j0 + N <= end) {
+            if (lane%4 < n16) {
+                const char * src = base + (lane/4*nb1 + lane%4*16 - skew);
+                char       * dst = raw + lane/4*PITCH + lane%4*16;
+#pragma unroll
+                for (int r = 0; r < N; r += 8) {
+                    copy_async16(dst + r*PITCH, src + r*nb1);
+                }
+            }
+        } else if (n16) {
+            const int    row = lane/LANES, piece = lane%LANES;
+            const int    n   = piece < n16 && row < ROWS ? min(N, end - j0) - row : 0;
             const char * src = base + (row*nb1 + piece*16 - skew);
             char       * dst = raw + row*PITCH + piece*16;
-            if (j0 + N <= end) {
 #pragma unroll
-                for (int r = 0; r < N; r += ROWS) {
-                    const int at = N%ROWS && r + ROWS > N ? min(r, N - 1 - row) : r;
-                    copy_async16(dst + at*PITCH, src + at*nb1);
-                }
-            } else {
-                for (int r = row; r < N && j0 + r < end; r += ROWS) {
-                    copy_async16(raw + r*PITCH + piece*16, base + (r*nb1 + piece*16 - skew));
+            for (int r = 0; r < N; r += ROWS) {
+                if (r < n) {
+                    copy_async16(dst + r*PITCH, src + r*nb1);
                 }
             }
         } else {
@@ -951,9 +955,10 @@ static void decode_case(ggml_backend_cuda_context & ctx, const ggml_tensor * dst
     parts.acc = acc.get();
 
     const int frames = query_rows(D)/nq; // of a block at a time
-    const int groups = std::min((f.n_frames + frames - 1)/frames, std::max(1, 3*nsm/(a.p.n_head_kv*a.n_stream)));
-    ggml_cuda_kernel_launch(queries_kernel<D>, ggml_cuda_kernel_launch_params(dim3(groups + n_exact*((nq + EXACT_NQ - 1)/EXACT_NQ), a.p.n_head_kv, a.n_stream),
-        dim3(query_rows(D)*2), smem_q, stream), a, f, parts, groups, overlap);
+    const int exact  = n_exact*((nq + EXACT_NQ - 1)/EXACT_NQ);
+    const int groups = std::min((f.n_frames + frames - 1)/frames, std::max(1, 3*nsm/(a.p.n_head_kv*a.n_stream) - exact));
+    ggml_cuda_kernel_launch(queries_kernel<D>, ggml_cuda_kernel_launch_params(dim3(groups + exact, a.p.n_head_kv, a.n_stream), dim3(query_rows(D)*2), smem_q, stream),
+        a, f, parts, groups, overlap);
     ggml_cuda_kernel_launch(decode_kernel<D, NT>, ggml_cuda_kernel_launch_params(dim3(parts.n_z, a.p.n_head_kv, a.n_stream*n_chunks), dim3(THREADS), smem, stream),
         a, f, parts, n_chunks);
     seqkv_combine(ctx, a, parts, rows);

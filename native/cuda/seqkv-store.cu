@@ -512,7 +512,7 @@ static int match_write(const ggml_cgraph * graph, int i, const ggml_tensor * (&p
     return 0;
 }
 
-// Decode writes blocks on a stream of its own, beside everything up to the next layer's FRAME: its attention does not read them.
+// Decode writes blocks on a stream of its own, beside everything up to the next layer's FRAME, where its attention does not read them.
 struct seqkv_side {
     cudaEvent_t fork = nullptr, join = nullptr;
     bool        pending = false;
@@ -541,7 +541,7 @@ void ggml_cuda_seqkv_join(ggml_backend_cuda_context & ctx) {
     }
 }
 
-static bool on_side(const ggml_tensor * frame) { return frame->ne[1] <= SEQKV_MAX_DECODE; }
+static bool on_side(const ggml_tensor * frame) { return frame->ne[1] <= SEQKV_MAX_DECODE && seqkv_params(frame).stored_before; }
 
 void ggml_cuda_seqkv_optimize(const ggml_cgraph * graph, ggml_backend_graph_optimize_params * params) {
     ggml_tensor * last = nullptr;

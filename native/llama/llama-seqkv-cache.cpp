@@ -392,6 +392,19 @@ void llama_seqkv::begin_ubatch(const llama_kv_cache_context & mctx) {
     ub.win_idxs .assign((size_t) n_stream*n_tokens, -1);
     ub.origins  .clear();
 
+    // exact rows of the ubatch stand for its blocks if no sequence's positions in it are a window apart
+    std::unordered_map<llama_seq_id, std::pair<llama_pos, llama_pos>> span;
+    ub.stored_before = n_window > 0;
+    for (uint32_t t = 0; t < ubatch.n_tokens; ++t) {
+        for (int32_t s = 0; s < ubatch.n_seq_id[t]; ++s) {
+            const llama_pos pos = ubatch.pos[t];
+            auto & [first, last] = span.try_emplace(ubatch.seq_id[t][s], pos, pos).first->second;
+            first = std::min(first, pos);
+            last  = std::max(last,  pos);
+            ub.stored_before = ub.stored_before && last - first < n_window;
+        }
+    }
+
     std::unordered_map<int32_t, int32_t> row_of;
     int32_t last_origin = 0, last_row = -1;
     const auto meta_of = [&](const llama_kv_cells & cells, uint32_t c) {
@@ -695,6 +708,7 @@ llm_graph_input_seqkv * llm_graph_input_seqkv::build(ggml_context * ctx, llm_gra
     inp->mctx     = mctx;
     inp->get_mctx = get_mctx;
     inp->causal   = cparams.causal_attn;
+    inp->stored_before = !mctx->ubatches.empty() && seqkv->ub.stored_before; // no ubatch: the graph is measured, not run
 
     const auto &  sinfo    = mctx->sinfos[mctx->i_cur];
     const int64_t n_stream = sinfo.s1 - sinfo.s0 + 1;
@@ -722,7 +736,7 @@ bool llm_graph_input_seqkv::can_reuse(const llm_graph_params & params) {
 
     return mask->ne[0] == mctx->n_kv + seqkv().n_slots + n_tokens && mask->ne[1] == n_tokens && mask->ne[3] == n_stream &&
         win_idxs->ne[0] == params.ubatch.n_tokens && rot->ne[1] >= (int64_t) (SEQKV_FRAME + seqkv().ub.origins.size()) &&
-        causal == params.cparams.causal_attn;
+        causal == params.cparams.causal_attn && stored_before == seqkv().ub.stored_before;
 }
 
 void llm_graph_input_seqkv::set_input(const llama_ubatch * ubatch) {
@@ -823,6 +837,7 @@ ggml_tensor * llm_graph_input_seqkv::build_attn(ggml_context * ctx, ggml_cgraph 
     params.n_win     = sk.n_slots;
     params.scale     = kq_scale;
     params.softcap   = hparams.attn_soft_cap ? hparams.f_attn_logit_softcapping : 0.0f;
+    params.stored_before = stored_before;
 
     const bool store = k_cur && v_cur;
     if (store) {

@@ -150,6 +150,7 @@ private:
         std::vector<int32_t> meta;                     // (n_stream, n_virt)
         std::vector<int64_t> win_idxs;                 // (n_stream*n_tokens)
         std::vector<int32_t> origins;                  // of the rows of rot from 64 on
+        bool stored_before = false;                    // no token is read from the block that this ubatch writes
     } ub;
 
     // rows of rot from 64 on as last computed, (n_sets)(n_origins, n_rot_max)
@@ -184,6 +185,7 @@ private:
     const llama_kv_cache_context * mctx = nullptr;
     get_mctx_t  get_mctx = nullptr;
     bool causal = true;
+    bool stored_before = false;
 
     ggml_tensor * rot      = nullptr;
     ggml_tensor * meta     = nullptr;
