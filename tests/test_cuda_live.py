@@ -19,8 +19,6 @@ pytestmark = pytest.mark.cuda
 
 ALL_LAYERS = 99
 NAMES = ("llama", "llama-d128", "llama-g7", "qwen3", "gemma2", "sinks")
-# Upstream's kernels for more than 8 tokens round to f16: measured with an f16 cache of its own, 7e-3 in a logit and a KLD of 3e-6.
-CLOSE_LOGIT, CLOSE_KLD = 0.03, 2e-5
 
 
 @pytest.fixture(scope="module")
@@ -47,29 +45,32 @@ def truth(models: Models, name: str, tokens: list[int]) -> np.ndarray:
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("step", [1, 3, 8, 9, 64, None])
 def test_window_of_whole_context_is_f16(gpu: Models, cpu: Models, name: str, step: int | None) -> None:
-    """Codes are written but not read: every way to cut the tokens into batches gives the exact cache's logits."""
+    """Codes are written but not read: as near to the exact logits as an f16 cache of upstream's on the same GPU, in any batches."""
     tokens = text(150)
     model = gpu(name)
     model.configure(n_window=512)
-    with Context(model, Setup(kv="seqkv3")) as c:
-        got = c.decode(tokens, step=step)
+    logits = {}
+    for kv in ("f16", "seqkv3"):
+        with Context(model, Setup(kv=kv)) as c:
+            logits[kv] = c.decode(tokens, step=step)
     want = truth(cpu, name, tokens)
-    assert max_diff(got, want) <= CLOSE_LOGIT
-    assert kld(want, got).max() <= CLOSE_KLD
+    assert max_diff(logits["seqkv3"], want) <= 3 * max_diff(logits["f16"], want) + 0.01
+    assert kld(want, logits["seqkv3"]).max() <= 3 * kld(want, logits["f16"]).max() + 5e-6
 
 
 @pytest.mark.parametrize("n_window", [0, 2, 5])
 @pytest.mark.parametrize("step", [1, 4, 8, 40])
 def test_tokens_of_one_batch_read_each_other_as_blocks(gpu: Models, cpu: Models, n_window: int, step: int) -> None:
     """With a window shorter than a batch, attention reads cells that the same graph has just written."""
-    tokens, got = text(100), []
+    tokens = text(200)
+    want, cost = truth(cpu, "llama", tokens), []
     for models in (gpu, cpu):
         model = models("llama")
         model.configure(n_window=n_window, n_sink=0)
         with Context(model, Setup(kv="seqkv4")) as c:
-            got.append(c.decode(tokens, step=step))
-    assert kld(got[1], got[0]).mean() <= 1e-3
-    assert np.median(np.abs(got[1] - got[0]).max(axis=1)) <= 0.03
+            cost.append(kld(want, c.decode(tokens, step=step))[20:].mean())
+    assert cost[1] > 1e-5
+    assert 0.7 <= cost[0] / cost[1] <= 1.4
 
 
 @pytest.mark.parametrize("name", NAMES)

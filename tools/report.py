@@ -4,8 +4,7 @@
     python tools/report.py            # rewrite the tables
     python tools/report.py --check    # exit 1 if a table is not what its JSON gives
 
-A table stands between the lines  <!-- table NAME -->  and  <!-- end -->; NAME is quality, quality_f32, speed, memory, or one of the commands of
-tools/quality_checks.py.
+A table stands between the lines  <!-- table NAME -->  and  <!-- end -->; NAME is one of TABLES below.
 """
 from __future__ import annotations
 
@@ -41,8 +40,11 @@ def quality(file: str = "quality.json") -> str:
     return table(header, body)
 
 
-def speed() -> str:
-    rows = json.loads((ROOT / "docs/speed.json").read_text())
+def speed(file: str = "speed.json") -> str:
+    """A table of `bench speed` rows, or of a GPU's, which hold them under "speed"."""
+    rows = json.loads((ROOT / "docs" / file).read_text())
+    if isinstance(rows, dict):
+        rows = rows["speed"]["rows"]
     depths = sorted({r["depth"] for r in rows})
     kinds = list(dict.fromkeys(r["kv"] for r in rows))
     cell = {(r["kv"], r["depth"]): r for r in rows}
@@ -53,6 +55,12 @@ def speed() -> str:
     ]  # fmt: skip
     n = rows[0]["n_prefill"]
     return table(["KV cache"] + [f"{m} at {d:,}" for m in ("decode", f"prefill {n}") for d in depths] + ["us per 1,000 cached"], body)
+
+
+def cuda_quality() -> str:
+    result = json.loads((ROOT / "docs/cuda.json").read_text())["quality"]
+    body = [[a["kv"], f"{a['kld_mean']:.5f} ± {a['kld_sem']:.5f}", f"{b['kld_mean']:.5f} ± {b['kld_sem']:.5f}"] for a, b in zip(result["gpu"], result["cpu"])]
+    return table(["KV cache", "KLD mean, GPU", "CPU"], body)
 
 
 def memory() -> str:
@@ -104,7 +112,7 @@ def retrieval() -> str:
 
 
 TABLES = {
-    "quality": quality, "quality_f32": lambda: quality("quality-f32.json"), "speed": speed, "memory": memory, "drift": drift, "texts": texts, "outliers": outliers, "greedy": greedy, "retrieval": retrieval,
+    "quality": quality, "quality_f32": lambda: quality("quality-f32.json"), "speed": speed, "cuda": lambda: speed("cuda.json"), "cuda_deep": lambda: speed("cuda-deep.json"), "cuda_quality": cuda_quality, "memory": memory, "drift": drift, "texts": texts, "outliers": outliers, "greedy": greedy, "retrieval": retrieval,
 }  # fmt: skip
 
 
