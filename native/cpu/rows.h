@@ -1,5 +1,8 @@
 // Inner loops of the attention op over rows of head vectors, for each instruction set:
-//     unpack_rows   blocks of a head -> floats
+//     unpack_rows   blocks of a head -> int8 levels and factors
+//     level_floats  these -> floats
+//     dot_levels    s = q k^T of a few queries with them
+//     mad_levels    y += p x of them, for a few rows p
 //     dot_rows      s = q k^T for a few queries, both along their rows: no transposition
 //     mad_rows      y += p x for a few rows p
 // The instruction set is that of the compilation; ggml builds this file once for each variant of its CPU backend.
@@ -10,6 +13,12 @@
 #include "simd-mappings.h"
 
 #include <cstdint>
+
+#if defined(__GNUC__)
+#    define SEQKV_INLINE inline __attribute__((always_inline))
+#else
+#    define SEQKV_INLINE inline
+#endif
 
 // gcc 12 takes the undefined operands in its own AVX-512 intrinsics for ours (gcc bug 105593)
 #if defined(__AVX512F__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ < 13
@@ -22,6 +31,19 @@
 #    include <arm_neon.h>
 #endif
 
+static constexpr int TILE_ROWS = 64; // most rows of a tile
+
+// Blocks of the rows of a tile, unpacked: value i of row j is f[i/64][group of i][j] * lv[i/64][j][i%64].
+struct level_tile {
+    int8_t * lv; // (d/64, TILE_ROWS, 64)
+    float  * f;  // (d/64, 3, TILE_ROWS): the uniform plan has one group, the others are not used
+
+    static constexpr int LV = TILE_ROWS*SEQKV_BLOCK, F = 3*TILE_ROWS; // of one block column
+};
+
+// group of values 16*q .. 16*q + 15 of a block
+static constexpr int group_of(int graded, int q) { return !graded ? 0 : q < 2 ? q : 2; }
+
 // gain*scale by the stored gain, for each group of a plan
 template <int bits, int graded> struct factor_table {
     float f[graded ? 3 : 1][graded ? 32 : 256];
@@ -33,15 +55,20 @@ template <int bits, int graded> struct factor_table {
             }
         }
     }
-
-    // factor of values 16*q .. 16*q + 15 of a block
-    float of(const uint8_t * b, int q) const {
-        return graded ? f[q < 2 ? q : 2][(b[0] | b[1] << 8) >> 5*(q < 2 ? q : 2) & 31] : f[0][b[0]];
-    }
 };
 template <int bits, int graded> static const factor_table<bits, graded> block_factors;
 
-// unpack_block: y[64] = the values of a block, with those of add[64] if summed. f: block_factors of the plan.
+static inline void prefetch(const void * p) {
+#if defined(__GNUC__)
+    __builtin_prefetch(p);
+#elif defined(__SSE__) || defined(_M_X64)
+    _mm_prefetch((const char *) p, _MM_HINT_T0);
+#else
+    (void) p;
+#endif
+}
+
+// unpacker(b, lv): the levels lv[64] of a block. It holds the constants of a plan, for the loop over the rows.
 
 #if defined(__AVX2__) || defined(__aarch64__)
 
@@ -78,42 +105,91 @@ template <int bits, int graded> struct plane_map {
 
 #if defined(__AVX512VBMI__) && defined(__AVX512BW__)
 
-// levels of the indices l of values with B bits
-template <int B> SEQKV_FN __m512i look_up(__m512i l) {
-    const int8_t * level = seqkv_level_table(B);
-    if (B == 0) {
-        return _mm512_setzero_si512();
-    }
-    if (B == 6) {
-        return _mm512_permutex2var_epi8(_mm512_loadu_si512(level), l, _mm512_loadu_si512(level + 64));
-    }
-    return _mm512_permutexvar_epi8(l, _mm512_maskz_loadu_epi8(B >= 5 ? ~0ull : (1ull << (2 << B)%64) - 1, level));
-}
+// A multishift takes 8 bits from anywhere in a word to a byte: u(i-3) .. u(i) of the path at once, or a code bit to its place in
+// the index. The words are those of the block behind its gains; the last one of a graded block holds three planes.
+template <int bits, int graded> struct unpack_tables {
+    static constexpr int  n_code = bits + 2*graded;      // code planes; 0 is the path
+    static constexpr bool direct = !graded && bits <= 3; // the path's four bits select a level, without z1 and z0
+    static constexpr int  n_low  = direct ? 4 : 2;       // index bits from the path
+    static constexpr int  lane0  = graded && bits >= 3 ? 8 << bits : 0; // levels of values 0..15, if these have a table of their own
 
-template <int bits, int graded, bool summed>
-SEQKV_FN void unpack_block(const uint8_t * b, const factor_table<bits, graded> & f, const float * add, float * y) {
-    uint64_t q[7];
-    seqkv_index_planes(bits, graded, b, q);
+    static constexpr int word (int j) { return j < bits ? j : bits - 1; }
+    static constexpr int first(int j) { return j < bits ? 0 : j == bits ? 32 : 48; } // bit of value 0 in its word
 
-    __m512i l = _mm512_maskz_set1_epi8(q[0], 1);
-    for (int j = 1; j <= bits + 2*graded; ++j) {
-        l = _mm512_mask_add_epi8(l, q[j], l, _mm512_set1_epi8(1 << j));
+    alignas(64) uint8_t path[64], keep[64], z[64], shift[6][64], bit[6][64], own[128] = {}, level[64] = {};
+
+    unpack_tables() {
+        // in level: where the values of each 16 begin
+        const int base[4] = { 0, lane0 ? 0 : 8*graded << bits, (lane0 ? 0 : 8*graded << bits) + (2*graded << bits), (lane0 ? 0 : 8*graded << bits) + (2*graded << bits) };
+        for (int i = 0; i < 64; ++i) {
+            const int begin = !graded ? 0 : i < 16 ? 0 : i < 32 ? 16 : 32;
+            path[i] = (uint8_t) ((i - 3) & 63);
+            keep[i] = (uint8_t) (i - begin < 3 ? 15 & 15 << (3 - (i - begin)) : 15);
+            z[i]    = (uint8_t) (base[i/16] | z_of(i%16));
+            for (int j = 1; j < n_code; ++j) {
+                shift[j][i] = (uint8_t) ((first(j) + i - (n_low + j - 1)) & 63);
+                bit  [j][i] = (uint8_t) (j < seqkv_value_bits(bits, graded, i/16) ? 1 << (n_low + j - 1) : 0);
+            }
+        }
+        if (direct) {
+            for (int i = 0; i < 8 << bits; ++i) {
+                level[i & 63] = (uint8_t) seqkv_level_table(bits)[4*(i/16) + z_of(i%16)];
+            }
+            return;
+        }
+        for (int k = 0; k < (graded ? 3 : 1); ++k) {
+            const int B = seqkv_value_bits(bits, graded, k);
+            for (int i = 0; B > 0 && i < 2 << B; ++i) {
+                (k == 0 && lane0 ? own : level + base[k])[i] = (uint8_t) seqkv_level_table(B)[i];
+            }
+        }
     }
-    __m512i levels = look_up<bits>(l);
-    if (graded) {
-        levels = _mm512_mask_blend_epi8(0x000000000000ffffull, levels, look_up<graded ? bits + 2 : bits>(l));
-        levels = _mm512_mask_blend_epi8(0xffffffff00000000ull, levels, look_up<graded ? bits - 1 : bits>(l));
+    static int z_of(int u) { return 2*((u >> 3 ^ u >> 2 ^ u) & 1) + (u >> 1 & 1); } // u(i) in bit 3
+};
+template <int bits, int graded> static const unpack_tables<bits, graded> block_tables;
+
+template <int bits, int graded> struct unpacker {
+    using tables = unpack_tables<bits, graded>;
+
+    __m512i path, keep, z, shift[6], bit[6], own[2], level;
+
+    unpacker() {
+        const auto & t = block_tables<bits, graded>;
+        const auto load = [](const uint8_t * x) { return _mm512_load_si512(x); };
+        path  = load(t.path);
+        keep  = load(t.keep);
+        z     = load(t.z);
+        level = load(t.level);
+        for (int j = 1; j < tables::n_code; ++j) {
+            shift[j] = load(t.shift[j]);
+            bit  [j] = load(t.bit[j]);
+        }
+        own[0] = load(t.own);
+        own[1] = load(t.own + 64);
     }
-    const __m128i part[4] = {
-        _mm512_castsi512_si128(levels),           _mm512_extracti32x4_epi32(levels, 1),
-        _mm512_extracti32x4_epi32(levels, 2),     _mm512_extracti32x4_epi32(levels, 3),
-    };
-    for (int k = 0; k < 4; ++k) {
-        const __m512 x = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(part[k]));
-        const __m512 s = _mm512_set1_ps(f.of(b, k));
-        _mm512_storeu_ps(y + 16*k, summed ? _mm512_fmadd_ps(s, x, _mm512_loadu_ps(add + 16*k)) : _mm512_mul_ps(s, x));
+
+    SEQKV_INLINE void operator()(const uint8_t * b, int8_t * lv) const {
+        __m512i w[bits];
+        for (int k = 0; k < bits; ++k) {
+            w[k] = _mm512_set1_epi64((long long) load_word(b + 1 + graded + 8*k));
+        }
+        __m512i l = _mm512_and_si512(_mm512_multishift_epi64_epi8(path, w[0]), keep);
+        if (!tables::direct) {
+            l = _mm512_shuffle_epi8(z, l);
+        }
+        for (int j = 1; j < tables::n_code; ++j) {
+            const __m512i moved = _mm512_multishift_epi64_epi8(shift[j], w[tables::word(j)]);
+            l = _mm512_ternarylogic_epi64(moved, bit[j], l, 0xea); // moved & bit | l
+        }
+        __m512i x = _mm512_permutexvar_epi8(l, level);
+        if (tables::lane0) {
+            const __mmask64 lane = 0xffff;
+            x = bits == 3 ? _mm512_mask_permutexvar_epi8(x, lane, l, own[0])
+                          : _mm512_mask_blend_epi8(lane, x, _mm512_permutex2var_epi8(own[0], l, own[1]));
+        }
+        _mm512_storeu_si512(lv, x);
     }
-}
+};
 
 #elif defined(__AVX2__)
 
@@ -174,18 +250,13 @@ template <int bits, int graded> struct shuffles {
 
 template <int bits, int graded> static const shuffles<bits, graded> block_shuffles;
 
-template <int bits, int graded, bool summed>
-SEQKV_FN void unpack_block(const uint8_t * b, const factor_table<bits, graded> & f, const float * add, float * y) {
+template <int bits, int graded> SEQKV_FN void unpack_block(const uint8_t * b, int8_t * lv) {
     using map = plane_map<bits, graded>;
     const auto & to = block_shuffles<bits, graded>;
     const auto read     = [&](int at, int n) { // 16 or 8 bytes of the planes, in each half
         const uint8_t * p = b + 1 + graded + at;
         return n == 16 ? _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *) p)) : _mm256_set1_epi64x((long long) load_word(p));
     };
-    __m256 s[4];
-    for (int k = 0; k < 4; ++k) {
-        s[k] = _mm256_set1_ps(f.of(b, k)); // before y is written, which may be anything to the compiler
-    }
 
     // planes 0 and 1, see seqkv_index_planes
     constexpr uint64_t start = graded ? 0x0000000100010001u : 1;
@@ -222,19 +293,8 @@ SEQKV_FN void unpack_block(const uint8_t * b, const factor_table<bits, graded> &
     }
     constexpr int B0 = graded ? bits + 2 : bits, B2 = graded ? bits - 1 : bits;
     const __m256i levels[2] = { look_up<B0, B2>(l[0], mask[0]), look_up<bits, B2>(l[1], mask[1]) };
-    for (int k = 0; k < 4; ++k) {
-        const __m128i part = k < 2 ? _mm256_castsi256_si128(levels[k]) : _mm256_extracti128_si256(levels[k - 2], 1);
-        const __m256  z[2] = { _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(part)),
-                               _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(part, 8))) };
-        for (int i = 0; i < 2; ++i) {
-            const int o = 16*k + 8*i;
-#if defined(__FMA__)
-            _mm256_storeu_ps(y + o, summed ? _mm256_fmadd_ps(s[k], z[i], _mm256_loadu_ps(add + o)) : _mm256_mul_ps(s[k], z[i]));
-#else
-            _mm256_storeu_ps(y + o, summed ? _mm256_add_ps(_mm256_mul_ps(s[k], z[i]), _mm256_loadu_ps(add + o)) : _mm256_mul_ps(s[k], z[i]));
-#endif
-        }
-    }
+    _mm256_storeu_si256((__m256i *) lv,        _mm256_permute2x128_si256(levels[0], levels[1], 0x20));
+    _mm256_storeu_si256((__m256i *) (lv + 32), _mm256_permute2x128_si256(levels[0], levels[1], 0x31));
 }
 
 #elif defined(__aarch64__)
@@ -276,9 +336,8 @@ template <int bits, int graded> struct shuffles {
     }
 };
 
-// Values 16*g .. 16*g + 15 of a block, B bits each. planes: the bytes with index planes 0 and 1, 2 and 3, 4 .. 6; s: factor
-template <int B, int bits, int graded, bool summed>
-SEQKV_FN void unpack16(int g, const uint8x16_t * planes, float s, const float * add, float * y) {
+// Levels 16*g .. 16*g + 15 of a block, B bits each. planes: the bytes with index planes 0 and 1, 2 and 3, 4 .. 6
+template <int B, int bits, int graded> SEQKV_FN void unpack16(int g, const uint8x16_t * planes, int8_t * lv) {
     static constexpr shuffles<bits, graded> to;
     const uint8x16_t bit = vreinterpretq_u8_u64(vdupq_n_u64(0x8040201008040201u));
     uint8x16_t l = vdupq_n_u8(0);
@@ -286,21 +345,12 @@ SEQKV_FN void unpack16(int g, const uint8x16_t * planes, float s, const float * 
         const uint8x16_t mask = vtstq_u8(vqtbl1q_u8(planes[j < 2 ? 0 : j < 4 ? 1 : 2], vld1q_u8(to.at[g][j])), bit);
         l = vsliq_n_u8(mask, l, 1);
     }
-    const int8x16_t lv = look_up<B>(l);
-    const int16x8_t half[2] = { vmovl_s8(vget_low_s8(lv)), vmovl_high_s8(lv) };
-    for (int i = 0; i < 16; i += 4) {
-        const int16x8_t   h = half[i/8];
-        const float32x4_t x = vcvtq_f32_s32(i%8 ? vmovl_high_s16(h) : vmovl_s16(vget_low_s16(h)));
-        const int         o = 16*g + i;
-        vst1q_f32(y + o, summed ? vfmaq_n_f32(vld1q_f32(add + o), x, s) : vmulq_n_f32(x, s));
-    }
+    vst1q_s8(lv + 16*g, look_up<B>(l));
 }
 
-template <int bits, int graded, bool summed>
-SEQKV_FN void unpack_block(const uint8_t * b, const factor_table<bits, graded> & f, const float * add, float * y) {
+template <int bits, int graded> SEQKV_FN void unpack_block(const uint8_t * b, int8_t * lv) {
     using map = plane_map<bits, graded>;
     const uint8_t * p = b + 1 + graded;
-    const float s[4] = { f.of(b, 0), f.of(b, 1), f.of(b, 2), f.of(b, 3) }; // before y is written, which may be anything to the compiler
 
     // index planes 0 and 1, see seqkv_index_planes
     static constexpr uint64_t start = graded ? 0x0000000100010001u : 1;
@@ -315,52 +365,53 @@ SEQKV_FN void unpack_block(const uint8_t * b, const factor_table<bits, graded> &
     planes[0] = vreinterpretq_u8_u64(veorq_u64(veorq_u64(q0, q1), vandq_u64(u, vld1q_u64(keep[2]))));
     planes[1] = map::n_plane <= 2 ? planes[0] : bits > 2 ? vld1q_u8(p + map::rest) : vreinterpretq_u8_u64(vdupq_n_u64(load_word(p + map::rest)));
     planes[2] = bits > 3 ? vreinterpretq_u8_u64(vdupq_n_u64(load_word(p + map::upper))) : planes[1];
-    unpack16<graded ? bits + 2 : bits, bits, graded, summed>(0, planes, s[0], add, y);
-    unpack16<bits,                     bits, graded, summed>(1, planes, s[1], add, y);
-    unpack16<graded ? bits - 1 : bits, bits, graded, summed>(2, planes, s[2], add, y);
-    unpack16<graded ? bits - 1 : bits, bits, graded, summed>(3, planes, s[3], add, y);
+    unpack16<graded ? bits + 2 : bits, bits, graded>(0, planes, lv);
+    unpack16<bits,                     bits, graded>(1, planes, lv);
+    unpack16<graded ? bits - 1 : bits, bits, graded>(2, planes, lv);
+    unpack16<graded ? bits - 1 : bits, bits, graded>(3, planes, lv);
 }
 
 #else
 
-template <int bits, int graded, bool summed>
-SEQKV_FN void unpack_block(const uint8_t * b, const factor_table<bits, graded> &, const float * add, float * y) {
-    seqkv_decode_block(bits, graded, b, y);
-    for (int i = 0; summed && i < SEQKV_BLOCK; ++i) {
-        y[i] += add[i];
-    }
-}
+template <int bits, int graded> SEQKV_FN void unpack_block(const uint8_t * b, int8_t * lv) { seqkv_levels(bits, graded, b, lv); }
 
 #endif
 
-// as unpack_rows for one block of every row, b .. and y ..; pred only if summed
-template <int bits, int graded, bool summed>
-static void unpack_column(const char * b, size_t stride, const bool * live, int n, const float * pred, const int32_t * meta, int d, float * y) {
-    const auto & f = block_factors<bits, graded>;
-    for (int j = 0; j < n; ++j, b += stride, y += d) {
-        if (live[j]) {
-            unpack_block<bits, graded, summed>((const uint8_t *) b, f, summed ? pred + (meta[j] & 255)*d : nullptr, y);
-        } else {
-            for (int i = 0; i < SEQKV_BLOCK; ++i) {
-                y[i] = 0.0f;
+#if !(defined(__AVX512VBMI__) && defined(__AVX512BW__))
+template <int bits, int graded> struct unpacker {
+    SEQKV_INLINE void operator()(const uint8_t * b, int8_t * lv) const { unpack_block<bits, graded>(b, lv); }
+};
+#endif
+
+// as unpack_rows for one block of every row
+template <int bits, int graded> static void unpack_column(const char * src, size_t stride, const bool * live, int n, int8_t * lv, float * f) {
+    const unpacker<bits, graded> unpack;
+    const auto & factors = block_factors<bits, graded>;
+    for (int j = 0; j < n; ++j, src += stride) {
+        const uint8_t * b = (const uint8_t *) src;
+        prefetch(b + TILE_ROWS*stride); // the next tile
+        prefetch(b + TILE_ROWS*stride + seqkv_block_bytes(bits, graded) - 1);
+        if (!live[j]) {
+            for (int k = 0; k < (graded ? 3 : 1); ++k) {
+                f[k*TILE_ROWS + j] = 0.0f;
             }
+            continue;
         }
+        for (int k = 0; k < (graded ? 3 : 1); ++k) {
+            f[k*TILE_ROWS + j] = factors.f[k][graded ? (b[0] | b[1] << 8) >> 5*k & 31 : b[0]];
+        }
+        unpack(b, lv + j*SEQKV_BLOCK);
     }
 }
 
-// Rows of a tile: row j at src + j*stride -> y (n, d), zeros where live[j] is not set. pred (64, d): prediction by offset
-// (meta[j] & 255) that is added to rows of a graded plan, or NULL.
-static void unpack_rows(int bits, int graded, const char * src, size_t stride, const bool * live, int n, const float * pred, const int32_t * meta,
-        int d, float * y) {
-    static constexpr decltype(&unpack_column<1, 0, false>) columns[4][3] = {
-        { unpack_column<1, 0, false>, unpack_column<1, 1, false>, unpack_column<1, 1, true> },
-        { unpack_column<2, 0, false>, unpack_column<2, 1, false>, unpack_column<2, 1, true> },
-        { unpack_column<3, 0, false>, unpack_column<3, 1, false>, unpack_column<3, 1, true> },
-        { unpack_column<4, 0, false>, unpack_column<4, 1, false>, unpack_column<4, 1, true> },
+// Rows of a tile: row j at src + j*stride. The factors are 0 where live[j] is not set; the levels are anything there.
+static void unpack_rows(int bits, int graded, const char * src, size_t stride, const bool * live, int n, int d, const level_tile & x) {
+    static constexpr decltype(&unpack_column<1, 0>) columns[4][2] = {
+        { unpack_column<1, 0>, unpack_column<1, 1> }, { unpack_column<2, 0>, unpack_column<2, 1> },
+        { unpack_column<3, 0>, unpack_column<3, 1> }, { unpack_column<4, 0>, unpack_column<4, 1> },
     };
-    const auto unpack = columns[bits - 1][graded ? 1 + (pred != nullptr) : 0];
-    for (int i = 0; i < d; i += SEQKV_BLOCK, src += seqkv_block_bytes(bits, graded)) {
-        unpack(src, stride, live, n, pred ? pred + i : nullptr, meta, d, y + i);
+    for (int c = 0; c < d/SEQKV_BLOCK; ++c, src += seqkv_block_bytes(bits, graded)) {
+        columns[bits - 1][graded](src, stride, live, n, x.lv + c*level_tile::LV, x.f + c*level_tile::F);
     }
 }
 
@@ -369,10 +420,11 @@ static void unpack_rows(int bits, int graded, const char * src, size_t stride, c
 //
 
 #if defined(__AVX512F__)
-typedef __m512 vec;
+typedef __m512 vec; // vload8: floats of int8
 static constexpr int VEC = 16, DOT_K = 4, MAD_N = 4; // floats in a vector, rows of k and vectors of y held in registers at a time
 static inline vec vload(const float * x) { return _mm512_loadu_ps(x); }
 static inline void vstore(float * x, vec a) { _mm512_storeu_ps(x, a); }
+static inline vec vload8(const int8_t * x) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *) x))); }
 static inline vec vset1(float x) { return _mm512_set1_ps(x); }
 static inline vec vmad(vec a, vec b, vec c) { return _mm512_fmadd_ps(a, b, c); } // a*b + c
 static inline vec vmax(vec a, vec b) { return _mm512_max_ps(a, b); }
@@ -389,6 +441,7 @@ typedef __m256 vec;
 static constexpr int VEC = 8, DOT_K = 2, MAD_N = 2;
 static inline vec vload(const float * x) { return _mm256_loadu_ps(x); }
 static inline void vstore(float * x, vec a) { _mm256_storeu_ps(x, a); }
+static inline vec vload8(const int8_t * x) { return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *) x))); }
 static inline vec vset1(float x) { return _mm256_set1_ps(x); }
 static inline vec vmad(vec a, vec b, vec c) { return _mm256_fmadd_ps(a, b, c); }
 static inline vec vmax(vec a, vec b) { return _mm256_max_ps(a, b); }
@@ -403,6 +456,11 @@ typedef float32x4_t vec;
 static constexpr int VEC = 4, DOT_K = 4, MAD_N = 4;
 static inline vec vload(const float * x) { return vld1q_f32(x); }
 static inline void vstore(float * x, vec a) { vst1q_f32(x, a); }
+static inline vec vload8(const int8_t * x) {
+    int32_t four;
+    memcpy(&four, x, sizeof(four));
+    return vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(vreinterpret_s8_s32(vdup_n_s32(four))))));
+}
 static inline vec vset1(float x) { return vdupq_n_f32(x); }
 static inline vec vmad(vec a, vec b, vec c) { return vfmaq_f32(c, a, b); }
 static inline vec vmax(vec a, vec b) { return vmaxq_f32(a, b); }
@@ -413,6 +471,7 @@ struct vec { float x[4]; };
 static constexpr int VEC = 4, DOT_K = 2, MAD_N = 2;
 static inline vec vload(const float * x) { return { { x[0], x[1], x[2], x[3] } }; }
 static inline void vstore(float * x, vec a) { memcpy(x, a.x, sizeof(a.x)); }
+static inline vec vload8(const int8_t * x) { return { { (float) x[0], (float) x[1], (float) x[2], (float) x[3] } }; }
 static inline vec vset1(float x) { return { { x, x, x, x } }; }
 static inline vec vmad(vec a, vec b, vec c) {
     return { { a.x[0]*b.x[0] + c.x[0], a.x[1]*b.x[1] + c.x[1], a.x[2]*b.x[2] + c.x[2], a.x[3]*b.x[3] + c.x[3] } };
@@ -431,6 +490,17 @@ static inline void sums4(float * x, vec a, vec b, vec c, vec d) {
 }
 #endif
 
+// Keeps x in a register: compilers like to read an operand from memory again for each product, and loads are scarcer than these.
+static inline void hold(vec & x) {
+#if defined(__GNUC__) && defined(__AVX512F__)
+    __asm__("" : "+v"(x));
+#elif defined(__GNUC__) && defined(__AVX2__) && defined(__FMA__)
+    __asm__("" : "+x"(x));
+#else
+    (void) x;
+#endif
+}
+
 // maximum of n values, n a multiple of 16
 static float row_max(const float * x, int n) {
     vec m = vload(x);
@@ -447,9 +517,26 @@ static float row_max(const float * x, int n) {
     return lane[0];
 }
 
+// the sums of each vector -> s (NQ, ld)
+template <int NQ> static inline void store_sums(const vec (&sum)[NQ][DOT_K], float * s, int ld) {
+    static_assert(DOT_K == 2 || DOT_K == 4, "sums4 adds up four vectors");
+    if (DOT_K == 4) {
+        for (int r = 0; r < NQ; ++r) {
+            sums4(s + r*ld, sum[r][0], sum[r][1], sum[r][DOT_K - 2], sum[r][DOT_K - 1]);
+        }
+        return;
+    }
+    for (int r = 0; r < NQ; r += 2) {
+        const int other = r + 1 < NQ ? r + 1 : r;
+        float x[4];
+        sums4(x, sum[r][0], sum[r][1], sum[other][0], sum[other][1]);
+        memcpy(s + r*ld,     x,     2*sizeof(float));
+        memcpy(s + other*ld, x + 2, 2*sizeof(float));
+    }
+}
+
 // s (NQ, ld) = q (NQ, d) k^T, k (n, d); n a multiple of 4, d of 64
 template <int NQ> static void dot_block(const float * q, const float * k, int n, int d, float * s, int ld) {
-    static_assert(DOT_K == 2 || DOT_K == 4, "sums4 adds up four vectors");
     for (int j = 0; j < n; j += DOT_K, k += DOT_K*d) {
         vec sum[NQ][DOT_K];
         for (int r = 0; r < NQ; ++r) {
@@ -461,6 +548,7 @@ template <int NQ> static void dot_block(const float * q, const float * k, int n,
             vec qv[NQ], kv[DOT_K];
             for (int r = 0; r < NQ; ++r) {
                 qv[r] = vload(q + r*d + i);
+                hold(qv[r]);
             }
             for (int c = 0; c < DOT_K; ++c) {
                 kv[c] = vload(k + c*d + i);
@@ -471,19 +559,7 @@ template <int NQ> static void dot_block(const float * q, const float * k, int n,
                 }
             }
         }
-        if (DOT_K == 4) {
-            for (int r = 0; r < NQ; ++r) {
-                sums4(s + r*ld + j, sum[r][0], sum[r][1], sum[r][DOT_K - 2], sum[r][DOT_K - 1]);
-            }
-            continue;
-        }
-        for (int r = 0; r < NQ; r += 2) {
-            const int other = r + 1 < NQ ? r + 1 : r;
-            float x[4];
-            sums4(x, sum[r][0], sum[r][1], sum[other][0], sum[other][1]);
-            memcpy(s + r*ld + j,     x,     2*sizeof(float));
-            memcpy(s + other*ld + j, x + 2, 2*sizeof(float));
-        }
+        store_sums<NQ>(sum, s + j, ld);
     }
 }
 
@@ -513,9 +589,11 @@ template <int NQ> static void mad_block(const float * p, int ld, const float * x
             vec xv[MAD_N];
             for (int c = 0; c < MAD_N; ++c) {
                 xv[c] = vload(x + j*d + i + c*VEC);
+                hold(xv[c]);
             }
             for (int r = 0; r < NQ; ++r) {
-                const vec pv = vset1(p[r*ld + j]);
+                vec pv = vset1(p[r*ld + j]);
+                hold(pv);
                 for (int c = 0; c < MAD_N; ++c) {
                     acc[r][c] = vmad(pv, xv[c], acc[r][c]);
                 }
@@ -539,5 +617,122 @@ static void mad_rows(const float * p, int ld, const float * x, int nq, int n, in
         case 3: mad_block<3>(p + r*ld, ld, x, n, d, y + r*d); break;
         case 2: mad_block<2>(p + r*ld, ld, x, n, d, y + r*d); break;
         case 1: mad_block<1>(p + r*ld, ld, x, n, d, y + r*d); break;
+    }
+}
+
+//
+// products with levels
+//
+
+// Row j of a tile as floats, plus add[j] (d floats) if summed. y (n, d)
+template <int graded, bool summed> static void level_floats(const level_tile & x, const float * const * add, int n, int d, float * y) {
+    for (int c = 0; c < d/SEQKV_BLOCK; ++c) {
+        const int8_t * lv = x.lv + c*level_tile::LV;
+        const float  * f  = x.f  + c*level_tile::F;
+        for (int j = 0; j < n; ++j) {
+            for (int i = 0; i < SEQKV_BLOCK; i += VEC) {
+                const int o = c*SEQKV_BLOCK + i;
+                const vec s = vset1(f[group_of(graded, i/16)*TILE_ROWS + j]);
+                vstore(y + j*d + o, vmad(s, vload8(lv + j*SEQKV_BLOCK + i), summed ? vload(add[j] + o) : vset1(0.0f)));
+            }
+        }
+    }
+}
+
+// s (NQ, ld) = q (NQ, d) k^T; k: n rows of a tile, plus add[j] if summed; n a multiple of 4
+template <int NQ, int graded, bool summed>
+static void dot_levels_block(const float * q, const level_tile & k, const float * const * add, int n, int d, float * s, int ld) {
+    for (int j = 0; j < n; j += DOT_K) {
+        vec sum[NQ][DOT_K];
+        for (int r = 0; r < NQ; ++r) {
+            for (int c = 0; c < DOT_K; ++c) {
+                sum[r][c] = vset1(0.0f);
+            }
+        }
+        for (int b = 0; b < d; b += SEQKV_BLOCK) {
+            const int8_t * lv = k.lv + b/SEQKV_BLOCK*level_tile::LV + j*SEQKV_BLOCK;
+            const float  * f  = k.f  + b/SEQKV_BLOCK*level_tile::F  + j;
+            for (int i = 0; i < SEQKV_BLOCK; i += VEC) {
+                vec qv[NQ];
+                for (int r = 0; r < NQ; ++r) {
+                    qv[r] = vload(q + r*d + b + i);
+                    hold(qv[r]);
+                }
+                for (int c = 0; c < DOT_K; ++c) {
+                    const vec x  = vload8(lv + c*SEQKV_BLOCK + i);
+                    const vec fc = vset1(f[group_of(graded, i/16)*TILE_ROWS + c]);
+                    const vec kv = vmad(fc, x, summed ? vload(add[j + c] + b + i) : vset1(0.0f));
+                    for (int r = 0; r < NQ; ++r) {
+                        sum[r][c] = vmad(qv[r], kv, sum[r][c]);
+                    }
+                }
+            }
+        }
+        store_sums<NQ>(sum, s + j, ld);
+    }
+}
+
+template <int graded, bool summed>
+static void dot_levels(const float * q, const level_tile & k, const float * const * add, int nq, int n, int d, float * s, int ld) {
+    int r = 0;
+    for (; r + 4 <= nq; r += 4) {
+        dot_levels_block<4, graded, summed>(q + r*d, k, add, n, d, s + r*ld, ld);
+    }
+    switch (nq - r) {
+        case 3: dot_levels_block<3, graded, summed>(q + r*d, k, add, n, d, s + r*ld, ld); break;
+        case 2: dot_levels_block<2, graded, summed>(q + r*d, k, add, n, d, s + r*ld, ld); break;
+        case 1: dot_levels_block<1, graded, summed>(q + r*d, k, add, n, d, s + r*ld, ld); break;
+    }
+}
+
+// y (NQ, d) += p (NQ, ld) x; x: n rows of a tile of the uniform plan, n a multiple of 16
+template <int NQ> static void mad_levels_block(const float * p, int ld, const level_tile & x, int n, int d, float * y) {
+    for (int b = 0; b < d; b += SEQKV_BLOCK) {
+        const int8_t * lv = x.lv + b/SEQKV_BLOCK*level_tile::LV;
+        const float  * f  = x.f  + b/SEQKV_BLOCK*level_tile::F;
+        float pf[NQ][TILE_ROWS];
+        for (int r = 0; r < NQ; ++r) {
+            for (int j = 0; j < n; ++j) {
+                pf[r][j] = p[r*ld + j]*f[j];
+            }
+        }
+        for (int i = 0; i < SEQKV_BLOCK; i += MAD_N*VEC) {
+            vec acc[NQ][MAD_N];
+            for (int r = 0; r < NQ; ++r) {
+                for (int c = 0; c < MAD_N; ++c) {
+                    acc[r][c] = vload(y + r*d + b + i + c*VEC);
+                }
+            }
+            for (int j = 0; j < n; ++j) {
+                vec xv[MAD_N];
+                for (int c = 0; c < MAD_N; ++c) {
+                    xv[c] = vload8(lv + j*SEQKV_BLOCK + i + c*VEC);
+                }
+                for (int r = 0; r < NQ; ++r) {
+                    vec pv = vset1(pf[r][j]);
+                    hold(pv);
+                    for (int c = 0; c < MAD_N; ++c) {
+                        acc[r][c] = vmad(pv, xv[c], acc[r][c]);
+                    }
+                }
+            }
+            for (int r = 0; r < NQ; ++r) {
+                for (int c = 0; c < MAD_N; ++c) {
+                    vstore(y + r*d + b + i + c*VEC, acc[r][c]);
+                }
+            }
+        }
+    }
+}
+
+static void mad_levels(const float * p, int ld, const level_tile & x, int nq, int n, int d, float * y) {
+    int r = 0;
+    for (; r + 4 <= nq; r += 4) {
+        mad_levels_block<4>(p + r*ld, ld, x, n, d, y + r*d);
+    }
+    switch (nq - r) {
+        case 3: mad_levels_block<3>(p + r*ld, ld, x, n, d, y + r*d); break;
+        case 2: mad_levels_block<2>(p + r*ld, ld, x, n, d, y + r*d); break;
+        case 1: mad_levels_block<1>(p + r*ld, ld, x, n, d, y + r*d); break;
     }
 }

@@ -210,6 +210,10 @@ struct block_queue {
 
 static constexpr int STORE_ROWS = 16; // head vectors that are transformed together
 
+// Scratch begins at a cache line: vectors across two take twice as long to load
+static constexpr size_t LINE = 64;
+static float * scratch(const ggml_compute_params * params) { return (float *) GGML_PAD((uintptr_t) params->wdata, LINE); }
+
 // scratch of one thread in floats: enc (dk, dk), vectors (STORE_ROWS, d), the same transformed
 static size_t store_floats(const ggml_seqkv_params & p) {
     return p.dk*p.dk + 2*STORE_ROWS*std::max(p.dk, p.dv);
@@ -298,7 +302,7 @@ void ggml_compute_forward_seqkv_store(const ggml_compute_params * params, ggml_t
         return;
     }
 
-    float * enc = (float *) params->wdata + params->ith*store_floats(p);
+    float * enc = scratch(params) + params->ith*store_floats(p);
     float * x   = enc + p.dk*p.dk;
     float * z   = x + STORE_ROWS*d;
     block_queue queue(bits, ggml_seqkv_graded(dst->type));
@@ -535,12 +539,14 @@ struct attn_scratch {
     float * m;     // (nq)         running maximum
     float * l;     // (nq)         running sum of p
     float * l_z;   // (nq)         its part over transformed values
+    level_tile x;  //              rows of a tile as levels: keys, then values
 
     static constexpr int FRAME_Q = TILE/2; // with up to so many query rows, these are rotated and not the keys
+    static constexpr int LEVEL_Q = 8;      // and with so many, levels are multiplied as they are: never stored as floats
 
     static size_t floats(const attn_view & a) {
         const size_t dk = a.p.dk, dv = a.p.dv, nq = tile_tokens(a)*a.group;
-        const size_t n = nq*(dk + 2*dv + TILE + 3) + FRAME_Q*2*dk + TILE*(3*dk + dv) + (a.form_k == DENSE ? dk*dk + SEQKV_FRAME*dk : 0);
+        const size_t n = nq*(dk + 2*dv + TILE + 3) + FRAME_Q*2*dk + TILE*(3*dk + dv) + std::max(dk, dv)/SEQKV_BLOCK*(level_tile::LV/sizeof(float) + level_tile::F) + (a.form_k == DENSE ? dk*dk + SEQKV_FRAME*dk : 0);
         return GGML_PAD(n, 16) + 16; // threads do not share cache lines
     }
     static int64_t tile_tokens(const attn_view & a) {
@@ -559,11 +565,13 @@ struct attn_scratch {
         s     = take(nq*TILE);
         acc_z = take(nq*dv);
         acc_x = take(nq*dv);
+        x.lv  = (int8_t *) take(std::max(dk, dv)/SEQKV_BLOCK*level_tile::LV/sizeof(float));
+        x.f   = take(std::max(dk, dv)/SEQKV_BLOCK*level_tile::F);
+        dec   = a.form_k == DENSE ? take(dk*dk) : nullptr;
+        pred  = a.form_k == DENSE ? take(SEQKV_FRAME*dk) : nullptr;
         m     = take(nq);
         l     = take(nq);
         l_z   = take(nq);
-        dec   = a.form_k == DENSE ? take(dk*dk) : nullptr;
-        pred  = a.form_k == DENSE ? take(SEQKV_FRAME*dk) : nullptr;
     }
 };
 
@@ -703,8 +711,21 @@ struct attn_worker {
             set_tables();
         }
 
+        const bool levels = frame_q && nq <= attn_scratch::LEVEL_Q;
         if (cells && a.bits_k) {
-            unpack_rows(a.bits_k, a.graded_k, a.cell_k(s, j0, h), a.k->nb[1], live, tw, form == DENSE ? w.pred : nullptr, meta, p.dk, w.k);
+            const float * add[TILE];
+            for (int j = 0; form == DENSE && j < tw; ++j) {
+                add[j] = w.pred + (j < n ? meta[j] & (SEQKV_FRAME - 1) : 0)*p.dk;
+            }
+            unpack_rows(a.bits_k, a.graded_k, a.cell_k(s, j0, h), a.k->nb[1], live, tw, p.dk, w.x);
+            if (levels) {
+                set_query_frame(first_origin(meta, n), form);
+                const auto dot = !a.graded_k ? dot_levels<0, false> : form == DENSE ? dot_levels<1, true> : dot_levels<1, false>;
+                dot(w.qf, w.x, add, nq, tw, p.dk, w.s, tw);
+            } else {
+                const auto to_floats = !a.graded_k ? level_floats<0, false> : form == DENSE ? level_floats<1, true> : level_floats<1, false>;
+                to_floats(w.x, add, tw, p.dk, w.k);
+            }
         } else {
             for (int j = 0; j < tw; ++j) {
                 float * kj = w.k + j*p.dk;
@@ -718,7 +739,9 @@ struct attn_worker {
             }
         }
 
-        if (frame_q) {
+        if (cells && a.bits_k && levels) {
+            // done
+        } else if (frame_q) {
             set_query_frame(first_origin(meta, n), form);
             dot_rows(w.qf, w.k, nq, tw, p.dk, w.s, tw);
         } else {
@@ -764,8 +787,14 @@ struct attn_worker {
             }
         }
 
+        has_z |= transformed_v;
         if (cells && a.bits_v) {
-            unpack_rows(a.bits_v, 0, a.cell_v(s, j0, h), a.v->nb[1], live, tw, nullptr, nullptr, p.dv, w.v);
+            unpack_rows(a.bits_v, 0, a.cell_v(s, j0, h), a.v->nb[1], live, tw, p.dv, w.x);
+            if (levels) {
+                mad_levels(w.s, tw, w.x, nq, tw, p.dv, w.acc_z);
+                return;
+            }
+            level_floats<0, false>(w.x, nullptr, tw, p.dv, w.v);
         } else {
             for (int j = 0; j < tw; ++j) {
                 float * vj = w.v + j*p.dv;
@@ -779,7 +808,6 @@ struct attn_worker {
             }
         }
         mad_rows(w.s, tw, w.v, nq, tw, p.dv, transformed_v ? w.acc_z : w.acc_x);
-        has_z |= transformed_v;
     }
 
     // rows [j0, j1): runs of one frame become tiles; where cells are out of order, mixed tiles
@@ -862,12 +890,12 @@ static int64_t n_chunks(const attn_view & a) {
 
 size_t ggml_seqkv_work_size(const ggml_tensor * dst, int n_tasks) {
     if (dst->op == GGML_OP_SEQKV_STORE) {
-        return store_floats(get_params(dst))*n_tasks*sizeof(float);
+        return store_floats(get_params(dst))*n_tasks*sizeof(float) + LINE;
     }
     const attn_view a(dst);
     const size_t scratch  = attn_scratch::floats(a)*n_tasks;
     const size_t partials = n_chunks(a) > 1 ? a.n_stream*a.n_tokens*a.n_head*n_chunks(a)*(a.p.dv + 2) : 0;
-    return (scratch + partials)*sizeof(float);
+    return (scratch + partials)*sizeof(float) + LINE;
 }
 
 void ggml_compute_forward_seqkv_attn(const ggml_compute_params * params, ggml_tensor * dst) {
@@ -879,7 +907,7 @@ void ggml_compute_forward_seqkv_attn(const ggml_compute_params * params, ggml_te
     const attn_view a(dst);
     const auto & p = a.p;
 
-    float * wdata = (float *) params->wdata;
+    float * wdata = scratch(params);
     const attn_scratch w(wdata + params->ith*attn_scratch::floats(a), a);
     float * partials = wdata + params->nth*attn_scratch::floats(a); // (tokens, heads, chunks, dv + 2)
 
