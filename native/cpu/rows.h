@@ -11,7 +11,9 @@
 #include "../decode.h"
 
 #include "simd-mappings.h"
+#include "vec.h"
 
+#include <cmath>
 #include <cstdint>
 
 #if defined(__GNUC__)
@@ -419,7 +421,7 @@ static void unpack_rows(int bits, int graded, const char * src, size_t stride, c
 // products
 //
 
-#if defined(__AVX512F__)
+#if defined(__AVX512F__) && defined(__AVX512DQ__)
 typedef __m512 vec; // vload8: floats of int8
 static constexpr int VEC = 16, DOT_K = 4, MAD_N = 4; // floats in a vector, rows of k and vectors of y held in registers at a time
 static inline vec vload(const float * x) { return _mm512_loadu_ps(x); }
@@ -427,7 +429,12 @@ static inline void vstore(float * x, vec a) { _mm512_storeu_ps(x, a); }
 static inline vec vload8(const int8_t * x) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *) x))); }
 static inline vec vset1(float x) { return _mm512_set1_ps(x); }
 static inline vec vmad(vec a, vec b, vec c) { return _mm512_fmadd_ps(a, b, c); } // a*b + c
+static inline vec vmul(vec a, vec b) { return _mm512_mul_ps(a, b); }
+static inline vec vadd(vec a, vec b) { return _mm512_add_ps(a, b); }
 static inline vec vmax(vec a, vec b) { return _mm512_max_ps(a, b); }
+static inline vec vexp(vec a) { return ggml_v_expf(a); }
+static inline float max_of(vec a) { return _mm512_reduce_max_ps(a); }
+static inline float sum_of(vec a) { return _mm512_reduce_add_ps(a); }
 // the sums of four vectors
 static inline void sums4(float * x, vec a, vec b, vec c, vec d) {
     const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
@@ -444,7 +451,20 @@ static inline void vstore(float * x, vec a) { _mm256_storeu_ps(x, a); }
 static inline vec vload8(const int8_t * x) { return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *) x))); }
 static inline vec vset1(float x) { return _mm256_set1_ps(x); }
 static inline vec vmad(vec a, vec b, vec c) { return _mm256_fmadd_ps(a, b, c); }
+static inline vec vmul(vec a, vec b) { return _mm256_mul_ps(a, b); }
+static inline vec vadd(vec a, vec b) { return _mm256_add_ps(a, b); }
 static inline vec vmax(vec a, vec b) { return _mm256_max_ps(a, b); }
+static inline vec vexp(vec a) { return ggml_v_expf(a); }
+static inline float max_of(vec a) {
+    const __m128 h = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+    const __m128 q = _mm_max_ps(h, _mm_movehl_ps(h, h));
+    return _mm_cvtss_f32(_mm_max_ss(q, _mm_movehdup_ps(q)));
+}
+static inline float sum_of(vec a) {
+    const __m128 h = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+    const __m128 q = _mm_add_ps(h, _mm_movehl_ps(h, h));
+    return _mm_cvtss_f32(_mm_add_ss(q, _mm_movehdup_ps(q)));
+}
 static inline void sums4(float * x, vec a, vec b, vec c, vec d) {
     const __m256 ab = _mm256_add_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b));
     const __m256 cd = _mm256_add_ps(_mm256_unpacklo_ps(c, d), _mm256_unpackhi_ps(c, d));
@@ -463,7 +483,12 @@ static inline vec vload8(const int8_t * x) {
 }
 static inline vec vset1(float x) { return vdupq_n_f32(x); }
 static inline vec vmad(vec a, vec b, vec c) { return vfmaq_f32(c, a, b); }
+static inline vec vmul(vec a, vec b) { return vmulq_f32(a, b); }
+static inline vec vadd(vec a, vec b) { return vaddq_f32(a, b); }
 static inline vec vmax(vec a, vec b) { return vmaxq_f32(a, b); }
+static inline vec vexp(vec a) { return ggml_v_expf(a); }
+static inline float max_of(vec a) { return vmaxvq_f32(a); }
+static inline float sum_of(vec a) { return vaddvq_f32(a); }
 static inline void sums4(float * x, vec a, vec b, vec c, vec d) { vst1q_f32(x, vpaddq_f32(vpaddq_f32(a, b), vpaddq_f32(c, d))); }
 #else
 // for the compiler to make something of
@@ -476,12 +501,23 @@ static inline vec vset1(float x) { return { { x, x, x, x } }; }
 static inline vec vmad(vec a, vec b, vec c) {
     return { { a.x[0]*b.x[0] + c.x[0], a.x[1]*b.x[1] + c.x[1], a.x[2]*b.x[2] + c.x[2], a.x[3]*b.x[3] + c.x[3] } };
 }
+static inline vec vmul(vec a, vec b) { return { { a.x[0]*b.x[0], a.x[1]*b.x[1], a.x[2]*b.x[2], a.x[3]*b.x[3] } }; }
+static inline vec vadd(vec a, vec b) { return { { a.x[0] + b.x[0], a.x[1] + b.x[1], a.x[2] + b.x[2], a.x[3] + b.x[3] } }; }
 static inline vec vmax(vec a, vec b) {
     for (int i = 0; i < 4; ++i) {
         a.x[i] = a.x[i] > b.x[i] ? a.x[i] : b.x[i];
     }
     return a;
 }
+static inline vec vexp(vec a) { return { { expf(a.x[0]), expf(a.x[1]), expf(a.x[2]), expf(a.x[3]) } }; }
+static inline float max_of(vec a) {
+    float m = a.x[0];
+    for (int i = 1; i < 4; ++i) {
+        m = a.x[i] > m ? a.x[i] : m;
+    }
+    return m;
+}
+static inline float sum_of(vec a) { return (a.x[0] + a.x[1]) + (a.x[2] + a.x[3]); }
 static inline void sums4(float * x, vec a, vec b, vec c, vec d) {
     const vec v[4] = { a, b, c, d };
     for (int i = 0; i < 4; ++i) {
@@ -501,20 +537,26 @@ static inline void hold(vec & x) {
 #endif
 }
 
-// maximum of n values, n a multiple of 16
-static float row_max(const float * x, int n) {
-    vec m = vload(x);
-    for (int i = VEC; i < n; i += VEC) {
-        m = vmax(m, vload(x + i));
+// x <- scale*x + bias; n a multiple of 16. Returns the maximum.
+static float scale_row(float * x, float scale, const float * bias, int n) {
+    vec m = vset1(-INFINITY);
+    for (int i = 0; i < n; i += VEC) {
+        const vec y = vmad(vset1(scale), vload(x + i), vload(bias + i));
+        vstore(x + i, y);
+        m = vmax(m, y);
     }
-    float lane[VEC];
-    vstore(lane, m);
-    for (int w = VEC/2; w > 0; w /= 2) {
-        for (int i = 0; i < w; ++i) {
-            lane[i] = lane[i + w] > lane[i] ? lane[i + w] : lane[i];
-        }
+    return max_of(m);
+}
+
+// x <- exp(x - max); n a multiple of 16. Returns the sum.
+static float exp_row(float * x, float max, int n) {
+    vec sum = vset1(0.0f);
+    for (int i = 0; i < n; i += VEC) {
+        const vec y = vexp(vadd(vload(x + i), vset1(-max)));
+        vstore(x + i, y);
+        sum = vadd(sum, y);
     }
-    return lane[0];
+    return sum_of(sum);
 }
 
 // the sums of each vector -> s (NQ, ld)

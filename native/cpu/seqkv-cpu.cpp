@@ -525,8 +525,9 @@ static void transpose(const float * GGML_RESTRICT x, float * GGML_RESTRICT y, in
 // Scratch of one thread. Shapes in floats; nq: query rows of the largest tile.
 struct attn_scratch {
     float * q;     // (nq, dk)     queries as given
-    float * qr;    // (FRAME_Q, dk) queries in the frame of the current tile
-    float * qf;    // (FRAME_Q, dk) the same in the domain of its keys
+    float * qs;    // (FRAME_Q, dk) the same, rotated pairs swapped
+    float * qr;    // (FRAME_Q, dk) queries in the frames of the next tiles
+    float * qf;    // (FRAME_Q, dk) the same in the domain of the keys
     float * k;     // (TILE, dk)   keys of a tile
     float * kt;    // (dk, TILE)   the same, transposed
     float * ka;    // (dk, TILE)   the same, transformed back
@@ -546,7 +547,7 @@ struct attn_scratch {
 
     static size_t floats(const attn_view & a) {
         const size_t dk = a.p.dk, dv = a.p.dv, nq = tile_tokens(a)*a.group;
-        const size_t n = nq*(dk + 2*dv + TILE + 3) + FRAME_Q*2*dk + TILE*(3*dk + dv) + std::max(dk, dv)/SEQKV_BLOCK*(level_tile::LV/sizeof(float) + level_tile::F) + (a.form_k == DENSE ? dk*dk + SEQKV_FRAME*dk : 0);
+        const size_t n = nq*(dk + 2*dv + TILE + 3) + FRAME_Q*3*dk + TILE*(3*dk + dv) + std::max(dk, dv)/SEQKV_BLOCK*(level_tile::LV/sizeof(float) + level_tile::F) + (a.form_k == DENSE ? dk*dk + SEQKV_FRAME*dk : 0);
         return GGML_PAD(n, 16) + 16; // threads do not share cache lines
     }
     static int64_t tile_tokens(const attn_view & a) {
@@ -556,6 +557,7 @@ struct attn_scratch {
         const size_t dk = a.p.dk, dv = a.p.dv, nq = tile_tokens(a)*a.group;
         const auto take = [&w](size_t n) { float * r = w; w += n; return r; };
         q     = take(nq*dk);
+        qs    = take(FRAME_Q*dk);
         qr    = take(FRAME_Q*dk);
         qf    = take(FRAME_Q*dk);
         k     = take(TILE*dk);
@@ -582,8 +584,10 @@ struct attn_worker {
     int64_t s;        // stream
     int     h;        // KV head
     int64_t t0;       // first token of the tile
+    int64_t end = 0;  // of the range of the virtual axis
     int     nt, nq;   // tokens, query rows = nt*group; row r is token r/group, head r%group
-    int32_t q_origin = -1; // what w.qf holds: origin row of rot
+    int     n_frames = 0; // what w.qf holds: nq rows for each frame
+    int32_t frames[attn_scratch::FRAME_Q]; // its origin row of rot
     form_t  q_form   = PLAIN;
     bool    has_tables = false;
     bool    has_z      = false; // transformed values have been read
@@ -593,6 +597,9 @@ struct attn_worker {
         const auto & p = a.p;
         for (int r = 0; r < nq; ++r) {
             memcpy(w.q + r*p.dk, a.query(s, t0 + r/a.group, h*a.group + r%a.group), p.dk*sizeof(float));
+        }
+        for (int r = 0; nq <= attn_scratch::FRAME_Q && r < nq; ++r) {
+            swap_pairs(w.q + r*p.dk, w.qs + r*p.dk);
         }
         std::fill(w.acc_z, w.acc_z + nq*p.dv, 0.0f);
         std::fill(w.acc_x, w.acc_x + nq*p.dv, 0.0f);
@@ -612,27 +619,78 @@ struct attn_worker {
         has_tables = true;
     }
 
-    // queries R(-t0) q in the domain of the keys: as they are, H R(-t0) q or D^T R(-t0) q
-    void set_query_frame(int32_t origin, form_t form) {
-        if (origin == q_origin && form == q_form) {
-            return;
+    // x[i] -> its partner in the rotation; the others 0
+    void swap_pairs(const float * x, float * y) const {
+        const int n_rot = a.p.n_rot, half = n_rot/2;
+        for (int i = 0; i < half; ++i) {
+            const int i0 = a.p.neox ? i : 2*i, i1 = a.p.neox ? i + half : 2*i + 1;
+            y[i0] = x[i1];
+            y[i1] = x[i0];
         }
-        const int     dk = a.p.dk;
+        std::fill(y + n_rot, y + a.p.dk, 0.0f);
+    }
+
+    // R(-t0) q -> y (nq, dk)
+    void rotate_queries(int32_t origin, float * y) const {
+        const int dk = a.p.dk, n_rot = a.p.n_rot, half = n_rot/2;
         const float * cs = a.rot.origin(origin << 8);
-        float * rotated = form == DENSE ? w.qr : w.qf;
-        memcpy(rotated, w.q, nq*dk*sizeof(float));
+        float c[MAX_HEAD], sn[MAX_HEAD];
+        if (a.p.neox) {
+            for (int i = 0; i < half; ++i) {
+                c [i] = c[i + half] = cs[2*i];
+                sn[i]        =  cs[2*i + 1];
+                sn[i + half] = -cs[2*i + 1];
+            }
+        } else {
+            for (int i = 0; i < half; ++i) {
+                c [2*i] = c[2*i + 1] = cs[2*i];
+                sn[2*i]     =  cs[2*i + 1];
+                sn[2*i + 1] = -cs[2*i + 1];
+            }
+        }
+        std::fill(c  + n_rot, c  + dk, 1.0f);
+        std::fill(sn + n_rot, sn + dk, 0.0f);
         for (int r = 0; r < nq; ++r) {
-            seqkv_rotate(rotated + r*dk, cs, a.p.n_rot, a.p.neox, 1);
-            if (form == HADAMARD) {
-                fwht_row(rotated + r*dk, dk);
+            const float * x = w.q + r*dk, * xs = w.qs + r*dk;
+            float * yr = y + r*dk;
+            for (int i = 0; i < dk; i += VEC) {
+                vstore(yr + i, vmad(vload(x + i), vload(c + i), vmul(vload(xs + i), vload(sn + i))));
+            }
+        }
+    }
+
+    // Queries R(-t0) q in the domain of the keys: as they are, H R(-t0) q or D^T R(-t0) q. With D those of the frames after row j0
+    // are made as well, as many as there is room for: D leaves the cache between tiles.
+    const float * frame_queries(int64_t j0, int32_t origin, form_t form) {
+        const int dk = a.p.dk;
+        for (int k = 0; k < n_frames; ++k) {
+            if (frames[k] == origin && q_form == form) {
+                return w.qf + k*nq*dk;
+            }
+        }
+        q_form    = form;
+        n_frames  = 1;
+        frames[0] = origin;
+        const int32_t * meta = a.meta_row(s);
+        for (int64_t j = j0 + TILE; form == DENSE && j < std::min<int64_t>(end, a.p.n_kv) && (n_frames + 1)*nq <= attn_scratch::FRAME_Q; j += TILE) {
+            if (meta[j] >= 0 && meta[j] >> 8 != frames[n_frames - 1]) {
+                frames[n_frames++] = meta[j] >> 8;
+            }
+        }
+        float * rotated = form == DENSE ? w.qr : w.qf;
+        for (int k = 0; k < n_frames; ++k) {
+            rotate_queries(frames[k], rotated + k*nq*dk);
+        }
+        if (form == HADAMARD) {
+            for (int r = 0; r < nq; ++r) {
+                fwht_row(w.qf + r*dk, dk);
             }
         }
         if (form == DENSE) {
-            std::fill(w.qf, w.qf + nq*dk, 0.0f);
-            mad_rows(w.qr, dk, w.dec, nq, dk, dk, w.qf);
+            std::fill(w.qf, w.qf + n_frames*nq*dk, 0.0f);
+            mad_rows(w.qr, dk, w.dec, n_frames*nq, dk, dk, w.qf);
         }
-        q_origin = origin;
-        q_form   = form;
+        return w.qf;
     }
 
     // keys of the tile (dk, tw) to absolute positions: inverse transform, then R(origin) column by column. Returns where they are.
@@ -693,10 +751,10 @@ struct attn_worker {
             }
         }
         bool live[TILE];
-        bool any_live = false;
+        uint16_t any_live = 0;
         for (int j = 0; j < TILE; ++j) {
             live[j]   = seen[j] != 0;
-            any_live |= live[j];
+            any_live |= seen[j];
         }
         if (!any_live) {
             return;
@@ -719,9 +777,9 @@ struct attn_worker {
             }
             unpack_rows(a.bits_k, a.graded_k, a.cell_k(s, j0, h), a.k->nb[1], live, tw, p.dk, w.x);
             if (levels) {
-                set_query_frame(first_origin(meta, n), form);
+                const float * q = frame_queries(j0, first_origin(meta, n), form);
                 const auto dot = !a.graded_k ? dot_levels<0, false> : form == DENSE ? dot_levels<1, true> : dot_levels<1, false>;
-                dot(w.qf, w.x, add, nq, tw, p.dk, w.s, tw);
+                dot(q, w.x, add, nq, tw, p.dk, w.s, tw);
             } else {
                 const auto to_floats = !a.graded_k ? level_floats<0, false> : form == DENSE ? level_floats<1, true> : level_floats<1, false>;
                 to_floats(w.x, add, tw, p.dk, w.k);
@@ -742,8 +800,7 @@ struct attn_worker {
         if (cells && a.bits_k && levels) {
             // done
         } else if (frame_q) {
-            set_query_frame(first_origin(meta, n), form);
-            dot_rows(w.qf, w.k, nq, tw, p.dk, w.s, tw);
+            dot_rows(frame_queries(j0, first_origin(meta, n), form), w.k, nq, tw, p.dk, w.s, tw);
         } else {
             transpose(w.k, w.kt, tw, p.dk);
             std::fill(w.s, w.s + nq*tw, 0.0f);
@@ -751,23 +808,24 @@ struct attn_worker {
         }
 
         const bool transformed_v = cells && a.form_v != PLAIN;
+        float bias[TILE]; // of a token: 0 or -inf
         for (int r = 0; r < nq; ++r) {
             float * sr = w.s + r*tw;
-            const ggml_fp16_t * mask = a.mask_row(s, t0 + r/a.group) + j0;
+            if (r%a.group == 0) {
+                const ggml_fp16_t * mask = a.mask_row(s, t0 + r/a.group) + j0;
+                for (int j = 0; j < n; ++j) {
+                    bias[j] = mask[j] == MASKED ? -INFINITY : 0.0f;
+                }
+                std::fill(bias + n, bias + tw, -INFINITY);
+            }
+            float scale = p.scale;
             if (p.softcap != 0.0f) {
                 for (int j = 0; j < n; ++j) {
-                    sr[j] = p.softcap*tanhf(sr[j]*p.scale/p.softcap);
+                    sr[j] = tanhf(sr[j]*p.scale/p.softcap);
                 }
-            } else {
-                for (int j = 0; j < n; ++j) {
-                    sr[j] *= p.scale;
-                }
+                scale = p.softcap;
             }
-            for (int j = 0; j < n; ++j) {
-                sr[j] = mask[j] == MASKED ? -INFINITY : sr[j];
-            }
-            std::fill(sr + n, sr + tw, -INFINITY);
-            const float max = row_max(sr, tw);
+            const float max = scale_row(sr, scale, bias, tw);
             if (max == -INFINITY) {
                 std::fill(sr, sr + tw, 0.0f);
                 continue;
@@ -780,7 +838,7 @@ struct attn_worker {
                 ggml_vec_scale_f32(p.dv, w.acc_z + r*p.dv, f);
                 ggml_vec_scale_f32(p.dv, w.acc_x + r*p.dv, f);
             }
-            const float sum = (float) ggml_vec_soft_max_f32(tw, sr, sr, w.m[r]);
+            const float sum = exp_row(sr, w.m[r], tw);
             w.l[r] += sum;
             if (transformed_v) {
                 w.l_z[r] += sum;
@@ -812,6 +870,7 @@ struct attn_worker {
 
     // rows [j0, j1): runs of one frame become tiles; where cells are out of order, mixed tiles
     void range(int64_t j0, int64_t j1) {
+        end = j1;
         const auto    & p    = a.p;
         const int32_t * meta = a.meta_row(s); // < 0: not in use
         while (j0 < j1) {
@@ -820,10 +879,10 @@ struct attn_worker {
                 ++j0;
                 continue;
             }
-            const int64_t end = std::min(std::min(j1, j0 < p.n_kv ? (int64_t) p.n_kv : j1), j0 + TILE);
+            const int64_t stop = std::min(std::min(j1, j0 < p.n_kv ? (int64_t) p.n_kv : j1), j0 + TILE);
             int32_t origin = -1;
             int64_t j = j0, last = j0; // last: of the rows in use
-            for (; j < end; ++j) {
+            for (; j < stop; ++j) {
                 if (meta[j] >= 0) {
                     if (origin >= 0 && meta[j] >> 8 != origin) {
                         break;
@@ -832,8 +891,8 @@ struct attn_worker {
                     last   = j;
                 }
             }
-            const bool one_origin = j == end || j - j0 >= MIN_RUN;
-            const int64_t n = one_origin ? j - j0 : end - j0;
+            const bool one_origin = j == stop || j - j0 >= MIN_RUN;
+            const int64_t n = one_origin ? j - j0 : stop - j0;
             tile(j0, (int) (one_origin ? last + 1 - j0 : n), one_origin);
             j0 += n;
         }
