@@ -19,9 +19,11 @@
 
 #if defined(__GNUC__)
 #    define SEQKV_INLINE inline __attribute__((always_inline))
+#    define SEQKV_NOINLINE __attribute__((noinline))
 #    define SEQKV_UNROLL _Pragma("GCC unroll 8")
 #else
 #    define SEQKV_INLINE inline
+#    define SEQKV_NOINLINE
 #    define SEQKV_UNROLL
 #endif
 
@@ -435,7 +437,6 @@ static inline vec vmad(vec a, vec b, vec c) { return _mm512_fmadd_ps(a, b, c); }
 static inline vec vmul(vec a, vec b) { return _mm512_mul_ps(a, b); }
 static inline vec vadd(vec a, vec b) { return _mm512_add_ps(a, b); }
 static inline vec vmax(vec a, vec b) { return _mm512_max_ps(a, b); }
-static inline vec vexp(vec a) { return ggml_v_expf(a); }
 static inline float max_of(vec a) { return _mm512_reduce_max_ps(a); }
 static inline float sum_of(vec a) { return _mm512_reduce_add_ps(a); }
 // the sums of four vectors
@@ -475,7 +476,6 @@ static inline vec vmad(vec a, vec b, vec c) { return _mm256_fmadd_ps(a, b, c); }
 static inline vec vmul(vec a, vec b) { return _mm256_mul_ps(a, b); }
 static inline vec vadd(vec a, vec b) { return _mm256_add_ps(a, b); }
 static inline vec vmax(vec a, vec b) { return _mm256_max_ps(a, b); }
-static inline vec vexp(vec a) { return ggml_v_expf(a); }
 static inline float max_of(vec a) {
     const __m128 h = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
     const __m128 q = _mm_max_ps(h, _mm_movehl_ps(h, h));
@@ -507,7 +507,6 @@ static inline vec vmad(vec a, vec b, vec c) { return vfmaq_f32(c, a, b); }
 static inline vec vmul(vec a, vec b) { return vmulq_f32(a, b); }
 static inline vec vadd(vec a, vec b) { return vaddq_f32(a, b); }
 static inline vec vmax(vec a, vec b) { return vmaxq_f32(a, b); }
-static inline vec vexp(vec a) { return ggml_v_expf(a); }
 static inline float max_of(vec a) { return vmaxvq_f32(a); }
 static inline float sum_of(vec a) { return vaddvq_f32(a); }
 static inline void sums4(float * x, vec a, vec b, vec c, vec d) { vst1q_f32(x, vpaddq_f32(vpaddq_f32(a, b), vpaddq_f32(c, d))); }
@@ -530,7 +529,6 @@ static inline vec vmax(vec a, vec b) {
     }
     return a;
 }
-static inline vec vexp(vec a) { return { { expf(a.x[0]), expf(a.x[1]), expf(a.x[2]), expf(a.x[3]) } }; }
 static inline float max_of(vec a) {
     float m = a.x[0];
     for (int i = 1; i < 4; ++i) {
@@ -538,13 +536,17 @@ static inline float max_of(vec a) {
     }
     return m;
 }
-static inline float sum_of(vec a) { return (a.x[0] + a.x[1]) + (a.x[2] + a.x[3]); }
 static inline void sums4(float * x, vec a, vec b, vec c, vec d) {
     const vec v[4] = { a, b, c, d };
     for (int i = 0; i < 4; ++i) {
         x[i] = (v[i].x[0] + v[i].x[1]) + (v[i].x[2] + v[i].x[3]);
     }
 }
+#endif
+
+// ggml has an exponential function of these vectors; with SVE, none of NEON's
+#if (defined(__AVX512F__) && defined(__AVX512DQ__)) || (defined(__AVX2__) && defined(__FMA__)) || (defined(__aarch64__) && !defined(__ARM_FEATURE_SVE))
+#    define SEQKV_VEXP
 #endif
 
 // Keeps x in a register: compilers like to read an operand from memory again for each product, and loads are scarcer than these.
@@ -571,13 +573,17 @@ static float scale_row(float * x, float scale, const float * bias, int n) {
 
 // x <- exp(x - max); n a multiple of 16. Returns the sum.
 static float exp_row(float * x, float max, int n) {
+#if defined(SEQKV_VEXP)
     vec sum = vset1(0.0f);
     for (int i = 0; i < n; i += VEC) {
-        const vec y = vexp(vadd(vload(x + i), vset1(-max)));
+        const vec y = ggml_v_expf(vadd(vload(x + i), vset1(-max)));
         vstore(x + i, y);
         sum = vadd(sum, y);
     }
     return sum_of(sum);
+#else
+    return (float) ggml_vec_soft_max_f32(n, x, x, max);
+#endif
 }
 
 // the sums of each vector -> s (NQ, ld)
@@ -760,15 +766,49 @@ static void dot_levels(const float * q, const level_tile & k, const float * cons
 
 // Integer products: p times factor is 16 bits of a unit of its own for each query and block column, which is an error below
 // 1e-9 (NMSE), and four rows are added up in one instruction.
-template <int NQ> static void mad_levels_block(const float * p, int ld, const level_tile & x, int n, int d, float * y) {
+// Vectors 2*half and 2*half + 1 of the sums: values 16*L + 4*k .. of a row are in lane L of vector k, where bytes of four rows come
+// side by side.
+template <int NQ, int half>
+SEQKV_NOINLINE static void dot_bytes(const int8_t * lv, const uint8_t (&digit)[2][NQ][TILE_ROWS], int n, int32_t (&sum)[NQ][4][16]) {
+    __m512i acc[NQ][2][2];
+    for (int r = 0; r < NQ; ++r) {
+        acc[r][0][0] = acc[r][0][1] = acc[r][1][0] = acc[r][1][1] = _mm512_setzero_si512();
+    }
+    for (int j = 0; j < n; j += 4) {
+        __m512i row[4];
+        for (int k = 0; k < 4; ++k) {
+            row[k] = _mm512_loadu_si512(lv + (j + k)*SEQKV_BLOCK);
+        }
+        const __m512i lo = half ? _mm512_unpackhi_epi8(row[0], row[1]) : _mm512_unpacklo_epi8(row[0], row[1]);
+        const __m512i hi = half ? _mm512_unpackhi_epi8(row[2], row[3]) : _mm512_unpacklo_epi8(row[2], row[3]);
+        const __m512i x0 = _mm512_unpacklo_epi16(lo, hi), x1 = _mm512_unpackhi_epi16(lo, hi);
+        for (int r = 0; r < NQ; ++r) {
+            for (int k = 0; k < 2; ++k) {
+                int32_t word;
+                memcpy(&word, digit[k][r] + j, sizeof(word));
+                const __m512i pv = _mm512_set1_epi32(word);
+                acc[r][k][0] = _mm512_dpbusd_epi32(acc[r][k][0], pv, x0);
+                acc[r][k][1] = _mm512_dpbusd_epi32(acc[r][k][1], pv, x1);
+            }
+        }
+    }
+    for (int r = 0; r < NQ; ++r) {
+        for (int k = 0; k < 2; ++k) {
+            _mm512_store_si512(sum[r][2*half + k], _mm512_add_epi32(acc[r][0][k], _mm512_slli_epi32(acc[r][1][k], 8)));
+        }
+    }
+}
+
+template <int NQ> static void mad_levels_block(const float * p, int ld, const level_tile & tile, int n, int d, float * y) {
     for (int b = 0; b < d; b += SEQKV_BLOCK) {
-        const int8_t * lv = x.lv + b/SEQKV_BLOCK*level_tile::LV;
-        const float  * f  = x.f  + b/SEQKV_BLOCK*level_tile::F;
+        const int8_t * lv = tile.lv + b/SEQKV_BLOCK*level_tile::LV;
+        const float  * f  = tile.f  + b/SEQKV_BLOCK*level_tile::F;
 
         alignas(64) uint8_t digit[2][NQ][TILE_ROWS]; // low and high byte
         float unit[NQ];
         for (int r = 0; r < NQ; ++r) {
             __m512 pf[TILE_ROWS/16], max = _mm512_setzero_ps();
+            SEQKV_UNROLL
             for (int j = 0; j < n/16; ++j) {
                 pf[j] = _mm512_mul_ps(_mm512_loadu_ps(p + r*ld + 16*j), _mm512_loadu_ps(f + 16*j));
                 max   = _mm512_max_ps(max, pf[j]);
@@ -782,41 +822,17 @@ template <int NQ> static void mad_levels_block(const float * p, int ld, const le
             }
         }
 
-        // Bytes of four rows side by side: of values 16*L + 4*k .. in lane L of vector k
-        __m512i sum[NQ][4];
-        for (int half = 0; half < 2; ++half) {
-            __m512i acc[NQ][2][2];
-            for (int r = 0; r < NQ; ++r) {
-                acc[r][0][0] = acc[r][0][1] = acc[r][1][0] = acc[r][1][1] = _mm512_setzero_si512();
-            }
-            for (int j = 0; j < n; j += 4) {
-                __m512i row[4];
-                for (int k = 0; k < 4; ++k) {
-                    row[k] = _mm512_loadu_si512(lv + (j + k)*SEQKV_BLOCK);
-                }
-                const __m512i lo = half ? _mm512_unpackhi_epi8(row[0], row[1]) : _mm512_unpacklo_epi8(row[0], row[1]);
-                const __m512i hi = half ? _mm512_unpackhi_epi8(row[2], row[3]) : _mm512_unpacklo_epi8(row[2], row[3]);
-                const __m512i four[2] = { _mm512_unpacklo_epi16(lo, hi), _mm512_unpackhi_epi16(lo, hi) };
-                for (int r = 0; r < NQ; ++r) {
-                    for (int k = 0; k < 2; ++k) {
-                        int32_t word;
-                        memcpy(&word, digit[k][r] + j, sizeof(word));
-                        const __m512i pv = _mm512_set1_epi32(word);
-                        acc[r][k][0] = _mm512_dpbusd_epi32(acc[r][k][0], pv, four[0]);
-                        acc[r][k][1] = _mm512_dpbusd_epi32(acc[r][k][1], pv, four[1]);
-                    }
-                }
-            }
-            for (int r = 0; r < NQ; ++r) {
-                for (int k = 0; k < 2; ++k) {
-                    sum[r][2*half + k] = _mm512_add_epi32(acc[r][0][k], _mm512_slli_epi32(acc[r][1][k], 8));
-                }
-            }
-        }
+        alignas(64) int32_t sum[NQ][4][16];
+        dot_bytes<NQ, 0>(lv, digit, n, sum);
+        dot_bytes<NQ, 1>(lv, digit, n, sum);
 
         for (int r = 0; r < NQ; ++r) {
-            const __m512i a = _mm512_shuffle_i32x4(sum[r][0], sum[r][1], 0x44), c = _mm512_shuffle_i32x4(sum[r][0], sum[r][1], 0xee);
-            const __m512i e = _mm512_shuffle_i32x4(sum[r][2], sum[r][3], 0x44), g = _mm512_shuffle_i32x4(sum[r][2], sum[r][3], 0xee);
+            __m512i x[4];
+            for (int k = 0; k < 4; ++k) {
+                x[k] = _mm512_load_si512(sum[r][k]);
+            }
+            const __m512i a = _mm512_shuffle_i32x4(x[0], x[1], 0x44), c = _mm512_shuffle_i32x4(x[0], x[1], 0xee);
+            const __m512i e = _mm512_shuffle_i32x4(x[2], x[3], 0x44), g = _mm512_shuffle_i32x4(x[2], x[3], 0xee);
             const __m512i z[4] = { _mm512_shuffle_i32x4(a, e, 0x88), _mm512_shuffle_i32x4(a, e, 0xdd),
                                    _mm512_shuffle_i32x4(c, g, 0x88), _mm512_shuffle_i32x4(c, g, 0xdd) };
             for (int k = 0; k < 4; ++k) {

@@ -737,6 +737,37 @@ struct attn_worker {
         return 0;
     }
 
+    // products of row r with a tile -> probabilities, and what was summed up before is scaled to the new maximum
+    void softmax(int r, const float * bias, int n, int tw, bool transformed_v) const {
+        const auto & p = a.p;
+        float * sr = w.s + r*tw;
+        float scale = p.scale;
+        if (p.softcap != 0.0f) {
+            for (int j = 0; j < n; ++j) {
+                sr[j] = tanhf(sr[j]*p.scale/p.softcap);
+            }
+            scale = p.softcap;
+        }
+        const float max = scale_row(sr, scale, bias, tw);
+        if (max == -INFINITY) {
+            std::fill(sr, sr + tw, 0.0f);
+            return;
+        }
+        if (max > w.m[r]) {
+            const float f = expf(w.m[r] - max);
+            w.m[r]    = max;
+            w.l[r]   *= f;
+            w.l_z[r] *= f;
+            ggml_vec_scale_f32(p.dv, w.acc_z + r*p.dv, f);
+            ggml_vec_scale_f32(p.dv, w.acc_x + r*p.dv, f);
+        }
+        const float sum = exp_row(sr, w.m[r], tw);
+        w.l[r] += sum;
+        if (transformed_v) {
+            w.l_z[r] += sum;
+        }
+    }
+
     // rows [j0, j0 + n) of the virtual axis, all cells or all exact rows
     void tile(int64_t j0, int n, bool one_origin) {
         const auto & p = a.p;
@@ -808,40 +839,15 @@ struct attn_worker {
         }
 
         const bool transformed_v = cells && a.form_v != PLAIN;
-        float bias[TILE]; // of a token: 0 or -inf
-        for (int r = 0; r < nq; ++r) {
-            float * sr = w.s + r*tw;
-            if (r%a.group == 0) {
-                const ggml_fp16_t * mask = a.mask_row(s, t0 + r/a.group) + j0;
-                for (int j = 0; j < n; ++j) {
-                    bias[j] = mask[j] == MASKED ? -INFINITY : 0.0f;
-                }
-                std::fill(bias + n, bias + tw, -INFINITY);
+        for (int t = 0; t < nt; ++t) {
+            const ggml_fp16_t * mask = a.mask_row(s, t0 + t) + j0;
+            float bias[TILE]; // 0 or -inf
+            for (int j = 0; j < n; ++j) {
+                bias[j] = mask[j] == MASKED ? -INFINITY : 0.0f;
             }
-            float scale = p.scale;
-            if (p.softcap != 0.0f) {
-                for (int j = 0; j < n; ++j) {
-                    sr[j] = tanhf(sr[j]*p.scale/p.softcap);
-                }
-                scale = p.softcap;
-            }
-            const float max = scale_row(sr, scale, bias, tw);
-            if (max == -INFINITY) {
-                std::fill(sr, sr + tw, 0.0f);
-                continue;
-            }
-            if (max > w.m[r]) {
-                const float f = expf(w.m[r] - max);
-                w.m[r]    = max;
-                w.l[r]   *= f;
-                w.l_z[r] *= f;
-                ggml_vec_scale_f32(p.dv, w.acc_z + r*p.dv, f);
-                ggml_vec_scale_f32(p.dv, w.acc_x + r*p.dv, f);
-            }
-            const float sum = exp_row(sr, w.m[r], tw);
-            w.l[r] += sum;
-            if (transformed_v) {
-                w.l_z[r] += sum;
+            std::fill(bias + n, bias + tw, -INFINITY);
+            for (int r = t*a.group; r < (t + 1)*a.group; ++r) {
+                softmax(r, bias, n, tw, transformed_v);
             }
         }
 
@@ -880,8 +886,15 @@ struct attn_worker {
                 continue;
             }
             const int64_t stop = std::min(std::min(j1, j0 < p.n_kv ? (int64_t) p.n_kv : j1), j0 + TILE);
-            int32_t origin = -1;
+            int32_t origin = -1, differ = 0;
             int64_t j = j0, last = j0; // last: of the rows in use
+            for (int64_t i = j0; i < stop; ++i) {
+                differ |= meta[i] ^ meta[j0];
+            }
+            if (differ >> 8 == 0) { // mostly
+                j    = stop;
+                last = stop - 1;
+            }
             for (; j < stop; ++j) {
                 if (meta[j] >= 0) {
                     if (origin >= 0 && meta[j] >> 8 != origin) {
