@@ -447,16 +447,15 @@ static inline void sums4(float * x, vec a, vec b, vec c, vec d) {
     const __m256 h  = _mm256_add_ps(_mm512_castps512_ps256(s), _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(s), 1)));
     _mm_storeu_ps(x, _mm_add_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1)));
 }
-// the sums of 4 x 4 vectors
-static inline void sums16(float * x, int ld, const vec (&v)[4][4]) {
+// the sums of 4 x 4 vectors in two steps: four of them to one, whose 128-bit lanes are to be added up; four of these
+static inline vec sums_row(const float * x) {
     const auto halves = [](vec a, vec b) { // 2 of a and 2 of b in each 4 floats
         return _mm512_add_ps(_mm512_mask_blend_ps(0xcccc, a, b), _mm512_shuffle_ps(a, b, 0x4e));
     };
-    vec row[4];
-    for (int r = 0; r < 4; ++r) {
-        const vec ab = halves(v[r][0], v[r][1]), cd = halves(v[r][2], v[r][3]);
-        row[r] = _mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0x88), _mm512_shuffle_ps(ab, cd, 0xdd));
-    }
+    const vec ab = halves(vload(x), vload(x + 16)), cd = halves(vload(x + 32), vload(x + 48));
+    return _mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0x88), _mm512_shuffle_ps(ab, cd, 0xdd));
+}
+static inline void store_rows(float * x, int ld, const vec (&row)[4]) {
     const auto quarters = [](vec a, vec b) { return _mm512_add_ps(_mm512_mask_blend_ps(0xff00, a, b), _mm512_shuffle_f32x4(a, b, 0x4e)); };
     const vec ab = quarters(row[0], row[1]), cd = quarters(row[2], row[3]);
     const vec sum = _mm512_add_ps(_mm512_shuffle_f32x4(ab, cd, 0x88), _mm512_shuffle_f32x4(ab, cd, 0xdd));
@@ -586,15 +585,14 @@ static float exp_row(float * x, float max, int n) {
 #endif
 }
 
+#if !(defined(__AVX512F__) && defined(__AVX512DQ__))
+static inline vec sums_row(const float * x) { return vload(x); } // not used
+static inline void store_rows(float *, int, const vec (&)[4]) {}
+#endif
+
 // the sums of each vector -> s (NQ, ld)
 template <int NQ> static inline void store_sums(const vec (&sum)[NQ][DOT_K], float * s, int ld) {
     static_assert(DOT_K == 2 || DOT_K == 4, "sums4 adds up four vectors");
-#if defined(__AVX512F__) && defined(__AVX512DQ__)
-    if constexpr (NQ == 4) {
-        sums16(s, ld, sum);
-        return;
-    }
-#endif
     if (DOT_K == 4) {
         for (int r = 0; r < NQ; ++r) {
             sums4(s + r*ld, sum[r][0], sum[r][1], sum[r][DOT_K - 2], sum[r][DOT_K - 1]);
@@ -714,50 +712,83 @@ template <int graded, bool summed> static void level_floats(const level_tile & x
     }
 }
 
-// s (NQ, ld) = q (NQ, d) k^T; k: n rows of a tile, plus add[j] if summed; n a multiple of 4
-template <int NQ, int graded, bool summed>
-static void dot_levels_block(const float * q, const level_tile & k, const float * const * add, int n, int d, float * s, int ld) {
-    for (int j = 0; j < n; j += DOT_K) {
-        vec sum[NQ][DOT_K];
+// s (NQ, ld) = q (NQ, d) k^T; k: n rows of a tile, plus add[j] if summed; n a multiple of 4. d is a constant, so that few pointers
+// are needed: gcc keeps those that it has no register for in vectors, and what gets them back waits behind the products.
+template <int NQ, int d, int graded, bool summed>
+static void dot_levels_block(const float * q, const level_tile & k, const float * const * add, int n, float * s, int ld) {
+    const int8_t * lv = k.lv;
+    const float  * f  = k.f;
+    // Vectors of four queries are added across four rows later, beside the products of the next rows: right behind their own products
+    // they would wait in the queue of the CPU that the next products have to pass. With more values there are too few registers, and less
+    // to gain.
+    constexpr bool later = VEC == 16 && NQ == 4 && DOT_K == 4 && d == 64;
+    alignas(64) float parts[later ? NQ*DOT_K*VEC : 1] = { 0.0f };
+    for (int j = 0; j < n; j += DOT_K, lv += DOT_K*SEQKV_BLOCK, f += DOT_K) {
+        vec sum[NQ][DOT_K], row[NQ];
         for (int r = 0; r < NQ; ++r) {
             for (int c = 0; c < DOT_K; ++c) {
                 sum[r][c] = vset1(0.0f);
             }
         }
-        for (int b = 0; b < d; b += SEQKV_BLOCK) {
-            const int8_t * lv = k.lv + b/SEQKV_BLOCK*level_tile::LV + j*SEQKV_BLOCK;
-            const float  * f  = k.f  + b/SEQKV_BLOCK*level_tile::F  + j;
+        for (int b = 0; b < d/SEQKV_BLOCK; ++b) {
             SEQKV_UNROLL
             for (int i = 0; i < SEQKV_BLOCK; i += VEC) {
                 vec qv[NQ];
                 for (int r = 0; r < NQ; ++r) {
-                    qv[r] = vload(q + r*d + b + i);
+                    qv[r] = vload(q + r*d + b*SEQKV_BLOCK + i);
                     hold(qv[r]);
                 }
                 for (int c = 0; c < DOT_K; ++c) {
-                    const vec x  = vload8(lv + c*SEQKV_BLOCK + i);
-                    const vec fc = vset1(f[group_of(graded, i/16)*TILE_ROWS + c]);
-                    const vec kv = vmad(fc, x, summed ? vload(add[j + c] + b + i) : vset1(0.0f));
+                    const vec x  = vload8(lv + b*level_tile::LV + c*SEQKV_BLOCK + i);
+                    const vec fc = vset1(f[b*level_tile::F + group_of(graded, i/16)*TILE_ROWS + c]);
+                    const vec kv = vmad(fc, x, summed ? vload(add[j + c] + b*SEQKV_BLOCK + i) : vset1(0.0f));
                     for (int r = 0; r < NQ; ++r) {
                         sum[r][c] = vmad(qv[r], kv, sum[r][c]);
                     }
                 }
+                if constexpr (later) {
+                    if (b == 0) {
+                        row[i/VEC] = sums_row(parts + i/VEC*DOT_K*VEC);
+                    }
+                }
             }
         }
-        store_sums<NQ>(sum, s + j, ld);
+        if constexpr (later) {
+            store_rows(s + (j > 0 ? j - DOT_K : 0), ld, row); // zeros, the first time
+            for (int r = 0; r < NQ; ++r) {
+                for (int c = 0; c < DOT_K; ++c) {
+                    vstore(parts + (r*DOT_K + c)*VEC, sum[r][c]);
+                }
+            }
+        } else {
+            store_sums<NQ>(sum, s + j, ld);
+        }
+    }
+    if constexpr (later) {
+        const vec row[4] = { sums_row(parts), sums_row(parts + DOT_K*VEC), sums_row(parts + 2*DOT_K*VEC), sums_row(parts + 3*DOT_K*VEC) };
+        store_rows(s + n - DOT_K, ld, row);
+    }
+}
+
+template <int d, int graded, bool summed>
+static void dot_levels_of(const float * q, const level_tile & k, const float * const * add, int nq, int n, float * s, int ld) {
+    int r = 0;
+    for (; r + 4 <= nq; r += 4) {
+        dot_levels_block<4, d, graded, summed>(q + r*d, k, add, n, s + r*ld, ld);
+    }
+    switch (nq - r) {
+        case 3: dot_levels_block<3, d, graded, summed>(q + r*d, k, add, n, s + r*ld, ld); break;
+        case 2: dot_levels_block<2, d, graded, summed>(q + r*d, k, add, n, s + r*ld, ld); break;
+        case 1: dot_levels_block<1, d, graded, summed>(q + r*d, k, add, n, s + r*ld, ld); break;
     }
 }
 
 template <int graded, bool summed>
 static void dot_levels(const float * q, const level_tile & k, const float * const * add, int nq, int n, int d, float * s, int ld) {
-    int r = 0;
-    for (; r + 4 <= nq; r += 4) {
-        dot_levels_block<4, graded, summed>(q + r*d, k, add, n, d, s + r*ld, ld);
-    }
-    switch (nq - r) {
-        case 3: dot_levels_block<3, graded, summed>(q + r*d, k, add, n, d, s + r*ld, ld); break;
-        case 2: dot_levels_block<2, graded, summed>(q + r*d, k, add, n, d, s + r*ld, ld); break;
-        case 1: dot_levels_block<1, graded, summed>(q + r*d, k, add, n, d, s + r*ld, ld); break;
+    switch (d) {
+        case 64:  dot_levels_of< 64, graded, summed>(q, k, add, nq, n, s, ld); break;
+        case 128: dot_levels_of<128, graded, summed>(q, k, add, nq, n, s, ld); break;
+        default:  dot_levels_of<256, graded, summed>(q, k, add, nq, n, s, ld); break;
     }
 }
 
