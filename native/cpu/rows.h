@@ -67,9 +67,9 @@ template <int bits, int graded> static const factor_table<bits, graded> block_fa
 
 static inline void prefetch(const void * p) {
 #if defined(__GNUC__)
-    __builtin_prefetch(p);
+    __builtin_prefetch(p, 0, 2); // to the second level: a tile of each is much of the first
 #elif defined(__SSE__) || defined(_M_X64)
-    _mm_prefetch((const char *) p, _MM_HINT_T0);
+    _mm_prefetch((const char *) p, _MM_HINT_T1);
 #else
     (void) p;
 #endif
