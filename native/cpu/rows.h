@@ -20,7 +20,11 @@
 #if defined(__GNUC__)
 #    define SEQKV_INLINE inline __attribute__((always_inline))
 #    define SEQKV_NOINLINE __attribute__((noinline))
-#    define SEQKV_UNROLL _Pragma("GCC unroll 8")
+#    if defined(__clang__)
+#        define SEQKV_UNROLL _Pragma("clang loop unroll(full)")
+#    else
+#        define SEQKV_UNROLL _Pragma("GCC unroll 8")
+#    endif
 #else
 #    define SEQKV_INLINE inline
 #    define SEQKV_NOINLINE
@@ -118,7 +122,7 @@ template <int bits, int graded> struct unpack_tables {
     static constexpr int  n_code = bits + 2*graded;      // code planes; 0 is the path
     static constexpr bool direct = !graded && bits <= 3; // the path's four bits select a level, without z1 and z0
     static constexpr int  n_low  = direct ? 4 : 2;       // index bits from the path
-    static constexpr int  lane0  = graded && bits >= 3 ? 8 << bits : 0; // levels of values 0..15, if these have a table of their own
+    static constexpr bool own0   = graded && bits >= 3;  // values 0..15 have a table of their own
 
     static constexpr int word (int j) { return j < bits ? j : bits - 1; }
     static constexpr int first(int j) { return j < bits ? 0 : j == bits ? 32 : 48; } // bit of value 0 in its word
@@ -126,8 +130,9 @@ template <int bits, int graded> struct unpack_tables {
     alignas(64) uint8_t path[64], keep[64], z[64], shift[6][64], bit[6][64], own[128] = {}, level[64] = {};
 
     unpack_tables() {
-        // in level: where the values of each 16 begin
-        const int base[4] = { 0, lane0 ? 0 : 8*graded << bits, (lane0 ? 0 : 8*graded << bits) + (2*graded << bits), (lane0 ? 0 : 8*graded << bits) + (2*graded << bits) };
+        // where in level those of each 16 values begin
+        const int one = graded && !own0 ? 8 << bits : 0, two = graded ? one + (2 << bits) : 0;
+        const int base[4] = { 0, one, two, two };
         for (int i = 0; i < 64; ++i) {
             const int begin = !graded ? 0 : i < 16 ? 0 : i < 32 ? 16 : 32;
             path[i] = (uint8_t) ((i - 3) & 63);
@@ -147,7 +152,7 @@ template <int bits, int graded> struct unpack_tables {
         for (int k = 0; k < (graded ? 3 : 1); ++k) {
             const int B = seqkv_value_bits(bits, graded, k);
             for (int i = 0; B > 0 && i < 2 << B; ++i) {
-                (k == 0 && lane0 ? own : level + base[k])[i] = (uint8_t) seqkv_level_table(B)[i];
+                (k == 0 && own0 ? own : level + base[k])[i] = (uint8_t) seqkv_level_table(B)[i];
             }
         }
     }
@@ -189,7 +194,7 @@ template <int bits, int graded> struct unpacker {
             l = _mm512_ternarylogic_epi64(moved, bit[j], l, 0xea); // moved & bit | l
         }
         __m512i x = _mm512_permutexvar_epi8(l, level);
-        if (tables::lane0) {
+        if (tables::own0) {
             const __mmask64 lane = 0xffff;
             x = bits == 3 ? _mm512_mask_permutexvar_epi8(x, lane, l, own[0])
                           : _mm512_mask_blend_epi8(lane, x, _mm512_permutex2var_epi8(own[0], l, own[1]));
@@ -585,11 +590,6 @@ static float exp_row(float * x, float max, int n) {
 #endif
 }
 
-#if !(defined(__AVX512F__) && defined(__AVX512DQ__))
-static inline vec sums_row(const float * x) { return vload(x); } // not used
-static inline void store_rows(float *, int, const vec (&)[4]) {}
-#endif
-
 // the sums of each vector -> s (NQ, ld)
 template <int NQ> static inline void store_sums(const vec (&sum)[NQ][DOT_K], float * s, int ld) {
     static_assert(DOT_K == 2 || DOT_K == 4, "sums4 adds up four vectors");
@@ -712,19 +712,58 @@ template <int graded, bool summed> static void level_floats(const level_tile & x
     }
 }
 
+// Where sums of products go: lanes are added up and stored, DOT_K rows of NQ queries at a time.
+template <int NQ, int d> struct row_sums {
+    float * s;
+    int     ld;
+
+    row_sums(float * s, int ld) : s(s), ld(ld) {}
+
+    void beside(int) {}
+    void put(int j, const vec (&sum)[NQ][DOT_K]) { store_sums<NQ>(sum, s + j, ld); }
+    void finish() {}
+};
+
+#if defined(__AVX512F__) && defined(__AVX512DQ__)
+// One step later, beside the products of the next rows: right behind their own products the additions would wait in the queue that
+// the next products have to pass. With more values there is less to gain, and too few registers.
+template <> struct row_sums<4, 64> {
+    float * s;
+    int     ld;
+    int     last = 0;
+    vec     row[4];
+    alignas(64) float parts[4*DOT_K*VEC] = { 0.0f };
+
+    row_sums(float * s, int ld) : s(s), ld(ld) {}
+
+    SEQKV_INLINE void beside(int r) { row[r] = sums_row(parts + r*DOT_K*VEC); }
+    SEQKV_INLINE void put(int j, const vec (&sum)[4][DOT_K]) {
+        store_rows(s + last, ld, row); // zeros, the first time
+        for (int r = 0; r < 4; ++r) {
+            for (int c = 0; c < DOT_K; ++c) {
+                vstore(parts + (r*DOT_K + c)*VEC, sum[r][c]);
+            }
+        }
+        last = j;
+    }
+    SEQKV_INLINE void finish() {
+        for (int r = 0; r < 4; ++r) {
+            beside(r);
+        }
+        store_rows(s + last, ld, row);
+    }
+};
+#endif
+
 // s (NQ, ld) = q (NQ, d) k^T; k: n rows of a tile, plus add[j] if summed; n a multiple of 4. d is a constant, so that few pointers
 // are needed: gcc keeps those that it has no register for in vectors, and what gets them back waits behind the products.
 template <int NQ, int d, int graded, bool summed>
 static void dot_levels_block(const float * q, const level_tile & k, const float * const * add, int n, float * s, int ld) {
     const int8_t * lv = k.lv;
     const float  * f  = k.f;
-    // Vectors of four queries are added across four rows later, beside the products of the next rows: right behind their own products
-    // they would wait in the queue of the CPU that the next products have to pass. With more values there are too few registers, and less
-    // to gain.
-    constexpr bool later = VEC == 16 && NQ == 4 && DOT_K == 4 && d == 64;
-    alignas(64) float parts[later ? NQ*DOT_K*VEC : 1] = { 0.0f };
+    row_sums<NQ, d> sums(s, ld);
     for (int j = 0; j < n; j += DOT_K, lv += DOT_K*SEQKV_BLOCK, f += DOT_K) {
-        vec sum[NQ][DOT_K], row[NQ];
+        vec sum[NQ][DOT_K];
         for (int r = 0; r < NQ; ++r) {
             for (int c = 0; c < DOT_K; ++c) {
                 sum[r][c] = vset1(0.0f);
@@ -746,28 +785,12 @@ static void dot_levels_block(const float * q, const level_tile & k, const float 
                         sum[r][c] = vmad(qv[r], kv, sum[r][c]);
                     }
                 }
-                if constexpr (later) {
-                    if (b == 0) {
-                        row[i/VEC] = sums_row(parts + i/VEC*DOT_K*VEC);
-                    }
-                }
+                sums.beside(i/VEC);
             }
         }
-        if constexpr (later) {
-            store_rows(s + (j > 0 ? j - DOT_K : 0), ld, row); // zeros, the first time
-            for (int r = 0; r < NQ; ++r) {
-                for (int c = 0; c < DOT_K; ++c) {
-                    vstore(parts + (r*DOT_K + c)*VEC, sum[r][c]);
-                }
-            }
-        } else {
-            store_sums<NQ>(sum, s + j, ld);
-        }
+        sums.put(j, sum);
     }
-    if constexpr (later) {
-        const vec row[4] = { sums_row(parts), sums_row(parts + DOT_K*VEC), sums_row(parts + 2*DOT_K*VEC), sums_row(parts + 3*DOT_K*VEC) };
-        store_rows(s + n - DOT_K, ld, row);
-    }
+    sums.finish();
 }
 
 template <int d, int graded, bool summed>
@@ -795,8 +818,8 @@ static void dot_levels(const float * q, const level_tile & k, const float * cons
 // y (NQ, d) += p (NQ, ld) x; x: n rows of a tile of the uniform plan, n a multiple of 16; p >= 0
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512DQ__)
 
-// Integer products: p times factor is 16 bits of a unit of its own for each query and block column, which is an error below
-// 1e-9 (NMSE), and four rows are added up in one instruction.
+// Integer products: p times factor is 16 bits of a unit of its own for each query and block column, which is an error of
+// 1e-9 at most (NMSE), and four rows are added up in one instruction.
 // Vectors 2*half and 2*half + 1 of the sums: values 16*L + 4*k .. of a row are in lane L of vector k, where bytes of four rows come
 // side by side.
 template <int NQ, int half>

@@ -543,7 +543,6 @@ struct attn_scratch {
     level_tile x;  //              rows of a tile as levels: keys, then values
 
     static constexpr int FRAME_Q = TILE/2; // with up to so many query rows, these are rotated and not the keys
-    static constexpr int LEVEL_Q = 8;      // and with so many, levels are multiplied as they are: never stored as floats
 
     static size_t floats(const attn_view & a) {
         const size_t dk = a.p.dk, dv = a.p.dv, nq = tile_tokens(a)*a.group;
@@ -671,9 +670,10 @@ struct attn_worker {
         q_form    = form;
         n_frames  = 1;
         frames[0] = origin;
-        const int32_t * meta = a.meta_row(s);
+        const int32_t     * meta = a.meta_row(s);
+        const ggml_fp16_t * mask = a.mask_row(s, t0);
         for (int64_t j = j0 + TILE; form == DENSE && j < std::min<int64_t>(end, a.p.n_kv) && (n_frames + 1)*nq <= attn_scratch::FRAME_Q; j += TILE) {
-            if (meta[j] >= 0 && meta[j] >> 8 != frames[n_frames - 1]) {
+            if (meta[j] >= 0 && meta[j] >> 8 != frames[n_frames - 1] && mask[j] != MASKED) {
                 frames[n_frames++] = meta[j] >> 8;
             }
         }
@@ -800,14 +800,13 @@ struct attn_worker {
             set_tables();
         }
 
-        const bool levels = frame_q && nq <= attn_scratch::LEVEL_Q;
         if (cells && a.bits_k) {
             const float * add[TILE];
             for (int j = 0; form == DENSE && j < tw; ++j) {
                 add[j] = w.pred + (j < n ? meta[j] & (SEQKV_FRAME - 1) : 0)*p.dk;
             }
             unpack_rows(a.bits_k, a.graded_k, a.cell_k(s, j0, h), a.k->nb[1], live, tw, p.dk, w.x);
-            if (levels) {
+            if (frame_q) {
                 const float * q = frame_queries(j0, first_origin(meta, n), form);
                 const auto dot = !a.graded_k ? dot_levels<0, false> : form == DENSE ? dot_levels<1, true> : dot_levels<1, false>;
                 dot(q, w.x, add, nq, tw, p.dk, w.s, tw);
@@ -828,7 +827,7 @@ struct attn_worker {
             }
         }
 
-        if (cells && a.bits_k && levels) {
+        if (cells && a.bits_k && frame_q) {
             // done
         } else if (frame_q) {
             dot_rows(frame_queries(j0, first_origin(meta, n), form), w.k, nq, tw, p.dk, w.s, tw);
@@ -854,7 +853,7 @@ struct attn_worker {
         has_z |= transformed_v;
         if (cells && a.bits_v) {
             unpack_rows(a.bits_v, 0, a.cell_v(s, j0, h), a.v->nb[1], live, tw, p.dv, w.x);
-            if (levels) {
+            if (frame_q) {
                 mad_levels(w.s, tw, w.x, nq, tw, p.dv, w.acc_z);
                 return;
             }
