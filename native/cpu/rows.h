@@ -1,5 +1,8 @@
 // Inner loops of the attention op over rows of head vectors, for each instruction set:
-//     unpack_rows   blocks of a head -> floats
+//     unpack_rows   blocks of a head -> int8 levels and factors
+//     level_floats  these -> floats
+//     dot_levels    s = q k^T of a few queries with them
+//     mad_levels    y += p x of them, for a few rows p
 //     dot_rows      s = q k^T for a few queries, both along their rows: no transposition
 //     mad_rows      y += p x for a few rows p
 // The instruction set is that of the compilation; ggml builds this file once for each variant of its CPU backend.
@@ -8,8 +11,25 @@
 #include "../decode.h"
 
 #include "simd-mappings.h"
+#include "vec.h"
 
+#include <algorithm>
+#include <cmath>
 #include <cstdint>
+
+#if defined(__GNUC__)
+#    define SEQKV_INLINE inline __attribute__((always_inline))
+#    define SEQKV_NOINLINE __attribute__((noinline))
+#    if defined(__clang__)
+#        define SEQKV_UNROLL _Pragma("clang loop unroll(full)")
+#    else
+#        define SEQKV_UNROLL _Pragma("GCC unroll 8")
+#    endif
+#else
+#    define SEQKV_INLINE inline
+#    define SEQKV_NOINLINE
+#    define SEQKV_UNROLL
+#endif
 
 // gcc 12 takes the undefined operands in its own AVX-512 intrinsics for ours (gcc bug 105593)
 #if defined(__AVX512F__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ < 13
@@ -22,6 +42,19 @@
 #    include <arm_neon.h>
 #endif
 
+static constexpr int TILE_ROWS = 64; // most rows of a tile
+
+// Blocks of the rows of a tile, unpacked: value i of row j is f[i/64][group of i][j] * lv[i/64][j][i%64].
+struct level_tile {
+    int8_t * lv; // (d/64, TILE_ROWS, 64)
+    float  * f;  // (d/64, 3, TILE_ROWS): the uniform plan has one group, the others are not used
+
+    static constexpr int LV = TILE_ROWS*SEQKV_BLOCK, F = 3*TILE_ROWS; // of one block column
+};
+
+// group of values 16*q .. 16*q + 15 of a block
+static constexpr int group_of(int graded, int q) { return !graded ? 0 : q < 2 ? q : 2; }
+
 // gain*scale by the stored gain, for each group of a plan
 template <int bits, int graded> struct factor_table {
     float f[graded ? 3 : 1][graded ? 32 : 256];
@@ -33,15 +66,20 @@ template <int bits, int graded> struct factor_table {
             }
         }
     }
-
-    // factor of values 16*q .. 16*q + 15 of a block
-    float of(const uint8_t * b, int q) const {
-        return graded ? f[q < 2 ? q : 2][(b[0] | b[1] << 8) >> 5*(q < 2 ? q : 2) & 31] : f[0][b[0]];
-    }
 };
 template <int bits, int graded> static const factor_table<bits, graded> block_factors;
 
-// unpack_block: y[64] = the values of a block, with those of add[64] if summed. f: block_factors of the plan.
+static inline void prefetch(const void * p) {
+#if defined(__GNUC__)
+    __builtin_prefetch(p, 0, 2); // to the second level: a tile of each is much of the first
+#elif defined(__SSE__) || defined(_M_X64)
+    _mm_prefetch((const char *) p, _MM_HINT_T1);
+#else
+    (void) p;
+#endif
+}
+
+// unpacker(b, lv): the levels lv[64] of a block. It holds the constants of a plan, for the loop over the rows.
 
 #if defined(__AVX2__) || defined(__aarch64__)
 
@@ -78,42 +116,92 @@ template <int bits, int graded> struct plane_map {
 
 #if defined(__AVX512VBMI__) && defined(__AVX512BW__)
 
-// levels of the indices l of values with B bits
-template <int B> SEQKV_FN __m512i look_up(__m512i l) {
-    const int8_t * level = seqkv_level_table(B);
-    if (B == 0) {
-        return _mm512_setzero_si512();
-    }
-    if (B == 6) {
-        return _mm512_permutex2var_epi8(_mm512_loadu_si512(level), l, _mm512_loadu_si512(level + 64));
-    }
-    return _mm512_permutexvar_epi8(l, _mm512_maskz_loadu_epi8(B >= 5 ? ~0ull : (1ull << (2 << B)%64) - 1, level));
-}
+// A multishift takes 8 bits from anywhere in a word to a byte: u(i-3) .. u(i) of the path at once, or a code bit to its place in
+// the index. The words are those of the block behind its gains; the last one of a graded block holds three planes.
+template <int bits, int graded> struct unpack_tables {
+    static constexpr int  n_code = bits + 2*graded;      // code planes; 0 is the path
+    static constexpr bool direct = !graded && bits <= 3; // the path's four bits select a level, without z1 and z0
+    static constexpr int  n_low  = direct ? 4 : 2;       // index bits from the path
+    static constexpr bool own0   = graded && bits >= 3;  // values 0..15 have a table of their own
 
-template <int bits, int graded, bool summed>
-SEQKV_FN void unpack_block(const uint8_t * b, const factor_table<bits, graded> & f, const float * add, float * y) {
-    uint64_t q[7];
-    seqkv_index_planes(bits, graded, b, q);
+    static constexpr int word (int j) { return j < bits ? j : bits - 1; }
+    static constexpr int first(int j) { return j < bits ? 0 : j == bits ? 32 : 48; } // bit of value 0 in its word
 
-    __m512i l = _mm512_maskz_set1_epi8(q[0], 1);
-    for (int j = 1; j <= bits + 2*graded; ++j) {
-        l = _mm512_mask_add_epi8(l, q[j], l, _mm512_set1_epi8(1 << j));
+    alignas(64) uint8_t path[64], keep[64], z[64], shift[6][64], bit[6][64], own[128] = {}, level[64] = {};
+
+    unpack_tables() {
+        // where in level those of each 16 values begin
+        const int one = graded && !own0 ? 8 << bits : 0, two = graded ? one + (2 << bits) : 0;
+        const int base[4] = { 0, one, two, two };
+        for (int i = 0; i < 64; ++i) {
+            const int begin = !graded ? 0 : i < 16 ? 0 : i < 32 ? 16 : 32;
+            path[i] = (uint8_t) ((i - 3) & 63);
+            keep[i] = (uint8_t) (i - begin < 3 ? 15 & 15 << (3 - (i - begin)) : 15);
+            z[i]    = (uint8_t) (base[i/16] | z_of(i%16));
+            for (int j = 1; j < n_code; ++j) {
+                shift[j][i] = (uint8_t) ((first(j) + i - (n_low + j - 1)) & 63);
+                bit  [j][i] = (uint8_t) (j < seqkv_value_bits(bits, graded, i/16) ? 1 << (n_low + j - 1) : 0);
+            }
+        }
+        if (direct) {
+            for (int i = 0; i < 8 << bits; ++i) {
+                level[i & 63] = (uint8_t) seqkv_level_table(bits)[4*(i/16) + z_of(i%16)];
+            }
+            return;
+        }
+        for (int k = 0; k < (graded ? 3 : 1); ++k) {
+            const int B = seqkv_value_bits(bits, graded, k);
+            for (int i = 0; B > 0 && i < 2 << B; ++i) {
+                (k == 0 && own0 ? own : level + base[k])[i] = (uint8_t) seqkv_level_table(B)[i];
+            }
+        }
     }
-    __m512i levels = look_up<bits>(l);
-    if (graded) {
-        levels = _mm512_mask_blend_epi8(0x000000000000ffffull, levels, look_up<graded ? bits + 2 : bits>(l));
-        levels = _mm512_mask_blend_epi8(0xffffffff00000000ull, levels, look_up<graded ? bits - 1 : bits>(l));
+    static int z_of(int u) { return 2*((u >> 3 ^ u >> 2 ^ u) & 1) + (u >> 1 & 1); } // u(i) in bit 3
+};
+template <int bits, int graded> static const unpack_tables<bits, graded> block_tables;
+
+template <int bits, int graded> struct unpacker {
+    using tables = unpack_tables<bits, graded>;
+
+    __m512i path, keep, z, shift[6], bit[6], own[2], level;
+
+    unpacker() {
+        const auto & t = block_tables<bits, graded>;
+        const auto load = [](const uint8_t * x) { return _mm512_load_si512(x); };
+        path  = load(t.path);
+        keep  = load(t.keep);
+        z     = load(t.z);
+        level = load(t.level);
+        for (int j = 1; j < tables::n_code; ++j) {
+            shift[j] = load(t.shift[j]);
+            bit  [j] = load(t.bit[j]);
+        }
+        own[0] = load(t.own);
+        own[1] = load(t.own + 64);
     }
-    const __m128i part[4] = {
-        _mm512_castsi512_si128(levels),           _mm512_extracti32x4_epi32(levels, 1),
-        _mm512_extracti32x4_epi32(levels, 2),     _mm512_extracti32x4_epi32(levels, 3),
-    };
-    for (int k = 0; k < 4; ++k) {
-        const __m512 x = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(part[k]));
-        const __m512 s = _mm512_set1_ps(f.of(b, k));
-        _mm512_storeu_ps(y + 16*k, summed ? _mm512_fmadd_ps(s, x, _mm512_loadu_ps(add + 16*k)) : _mm512_mul_ps(s, x));
+
+    SEQKV_INLINE void operator()(const uint8_t * b, int8_t * lv) const {
+        __m512i w[bits];
+        for (int k = 0; k < bits; ++k) {
+            w[k] = _mm512_set1_epi64((long long) load_word(b + 1 + graded + 8*k));
+        }
+        __m512i l = _mm512_and_si512(_mm512_multishift_epi64_epi8(path, w[0]), keep);
+        if (!tables::direct) {
+            l = _mm512_shuffle_epi8(z, l);
+        }
+        for (int j = 1; j < tables::n_code; ++j) {
+            const __m512i moved = _mm512_multishift_epi64_epi8(shift[j], w[tables::word(j)]);
+            l = _mm512_ternarylogic_epi64(moved, bit[j], l, 0xea); // moved & bit | l
+        }
+        __m512i x = _mm512_permutexvar_epi8(l, level);
+        if (tables::own0) {
+            const __mmask64 lane = 0xffff;
+            x = bits == 3 ? _mm512_mask_permutexvar_epi8(x, lane, l, own[0])
+                          : _mm512_mask_blend_epi8(lane, x, _mm512_permutex2var_epi8(own[0], l, own[1]));
+        }
+        _mm512_storeu_si512(lv, x);
     }
-}
+};
 
 #elif defined(__AVX2__)
 
@@ -174,18 +262,13 @@ template <int bits, int graded> struct shuffles {
 
 template <int bits, int graded> static const shuffles<bits, graded> block_shuffles;
 
-template <int bits, int graded, bool summed>
-SEQKV_FN void unpack_block(const uint8_t * b, const factor_table<bits, graded> & f, const float * add, float * y) {
+template <int bits, int graded> SEQKV_FN void unpack_block(const uint8_t * b, int8_t * lv) {
     using map = plane_map<bits, graded>;
     const auto & to = block_shuffles<bits, graded>;
     const auto read     = [&](int at, int n) { // 16 or 8 bytes of the planes, in each half
         const uint8_t * p = b + 1 + graded + at;
         return n == 16 ? _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *) p)) : _mm256_set1_epi64x((long long) load_word(p));
     };
-    __m256 s[4];
-    for (int k = 0; k < 4; ++k) {
-        s[k] = _mm256_set1_ps(f.of(b, k)); // before y is written, which may be anything to the compiler
-    }
 
     // planes 0 and 1, see seqkv_index_planes
     constexpr uint64_t start = graded ? 0x0000000100010001u : 1;
@@ -222,19 +305,8 @@ SEQKV_FN void unpack_block(const uint8_t * b, const factor_table<bits, graded> &
     }
     constexpr int B0 = graded ? bits + 2 : bits, B2 = graded ? bits - 1 : bits;
     const __m256i levels[2] = { look_up<B0, B2>(l[0], mask[0]), look_up<bits, B2>(l[1], mask[1]) };
-    for (int k = 0; k < 4; ++k) {
-        const __m128i part = k < 2 ? _mm256_castsi256_si128(levels[k]) : _mm256_extracti128_si256(levels[k - 2], 1);
-        const __m256  z[2] = { _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(part)),
-                               _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(part, 8))) };
-        for (int i = 0; i < 2; ++i) {
-            const int o = 16*k + 8*i;
-#if defined(__FMA__)
-            _mm256_storeu_ps(y + o, summed ? _mm256_fmadd_ps(s[k], z[i], _mm256_loadu_ps(add + o)) : _mm256_mul_ps(s[k], z[i]));
-#else
-            _mm256_storeu_ps(y + o, summed ? _mm256_add_ps(_mm256_mul_ps(s[k], z[i]), _mm256_loadu_ps(add + o)) : _mm256_mul_ps(s[k], z[i]));
-#endif
-        }
-    }
+    _mm256_storeu_si256((__m256i *) lv,        _mm256_permute2x128_si256(levels[0], levels[1], 0x20));
+    _mm256_storeu_si256((__m256i *) (lv + 32), _mm256_permute2x128_si256(levels[0], levels[1], 0x31));
 }
 
 #elif defined(__aarch64__)
@@ -276,9 +348,8 @@ template <int bits, int graded> struct shuffles {
     }
 };
 
-// Values 16*g .. 16*g + 15 of a block, B bits each. planes: the bytes with index planes 0 and 1, 2 and 3, 4 .. 6; s: factor
-template <int B, int bits, int graded, bool summed>
-SEQKV_FN void unpack16(int g, const uint8x16_t * planes, float s, const float * add, float * y) {
+// Levels 16*g .. 16*g + 15 of a block, B bits each. planes: the bytes with index planes 0 and 1, 2 and 3, 4 .. 6
+template <int B, int bits, int graded> SEQKV_FN void unpack16(int g, const uint8x16_t * planes, int8_t * lv) {
     static constexpr shuffles<bits, graded> to;
     const uint8x16_t bit = vreinterpretq_u8_u64(vdupq_n_u64(0x8040201008040201u));
     uint8x16_t l = vdupq_n_u8(0);
@@ -286,21 +357,12 @@ SEQKV_FN void unpack16(int g, const uint8x16_t * planes, float s, const float * 
         const uint8x16_t mask = vtstq_u8(vqtbl1q_u8(planes[j < 2 ? 0 : j < 4 ? 1 : 2], vld1q_u8(to.at[g][j])), bit);
         l = vsliq_n_u8(mask, l, 1);
     }
-    const int8x16_t lv = look_up<B>(l);
-    const int16x8_t half[2] = { vmovl_s8(vget_low_s8(lv)), vmovl_high_s8(lv) };
-    for (int i = 0; i < 16; i += 4) {
-        const int16x8_t   h = half[i/8];
-        const float32x4_t x = vcvtq_f32_s32(i%8 ? vmovl_high_s16(h) : vmovl_s16(vget_low_s16(h)));
-        const int         o = 16*g + i;
-        vst1q_f32(y + o, summed ? vfmaq_n_f32(vld1q_f32(add + o), x, s) : vmulq_n_f32(x, s));
-    }
+    vst1q_s8(lv + 16*g, look_up<B>(l));
 }
 
-template <int bits, int graded, bool summed>
-SEQKV_FN void unpack_block(const uint8_t * b, const factor_table<bits, graded> & f, const float * add, float * y) {
+template <int bits, int graded> SEQKV_FN void unpack_block(const uint8_t * b, int8_t * lv) {
     using map = plane_map<bits, graded>;
     const uint8_t * p = b + 1 + graded;
-    const float s[4] = { f.of(b, 0), f.of(b, 1), f.of(b, 2), f.of(b, 3) }; // before y is written, which may be anything to the compiler
 
     // index planes 0 and 1, see seqkv_index_planes
     static constexpr uint64_t start = graded ? 0x0000000100010001u : 1;
@@ -315,52 +377,53 @@ SEQKV_FN void unpack_block(const uint8_t * b, const factor_table<bits, graded> &
     planes[0] = vreinterpretq_u8_u64(veorq_u64(veorq_u64(q0, q1), vandq_u64(u, vld1q_u64(keep[2]))));
     planes[1] = map::n_plane <= 2 ? planes[0] : bits > 2 ? vld1q_u8(p + map::rest) : vreinterpretq_u8_u64(vdupq_n_u64(load_word(p + map::rest)));
     planes[2] = bits > 3 ? vreinterpretq_u8_u64(vdupq_n_u64(load_word(p + map::upper))) : planes[1];
-    unpack16<graded ? bits + 2 : bits, bits, graded, summed>(0, planes, s[0], add, y);
-    unpack16<bits,                     bits, graded, summed>(1, planes, s[1], add, y);
-    unpack16<graded ? bits - 1 : bits, bits, graded, summed>(2, planes, s[2], add, y);
-    unpack16<graded ? bits - 1 : bits, bits, graded, summed>(3, planes, s[3], add, y);
+    unpack16<graded ? bits + 2 : bits, bits, graded>(0, planes, lv);
+    unpack16<bits,                     bits, graded>(1, planes, lv);
+    unpack16<graded ? bits - 1 : bits, bits, graded>(2, planes, lv);
+    unpack16<graded ? bits - 1 : bits, bits, graded>(3, planes, lv);
 }
 
 #else
 
-template <int bits, int graded, bool summed>
-SEQKV_FN void unpack_block(const uint8_t * b, const factor_table<bits, graded> &, const float * add, float * y) {
-    seqkv_decode_block(bits, graded, b, y);
-    for (int i = 0; summed && i < SEQKV_BLOCK; ++i) {
-        y[i] += add[i];
-    }
-}
+template <int bits, int graded> SEQKV_FN void unpack_block(const uint8_t * b, int8_t * lv) { seqkv_levels(bits, graded, b, lv); }
 
 #endif
 
-// as unpack_rows for one block of every row, b .. and y ..; pred only if summed
-template <int bits, int graded, bool summed>
-static void unpack_column(const char * b, size_t stride, const bool * live, int n, const float * pred, const int32_t * meta, int d, float * y) {
-    const auto & f = block_factors<bits, graded>;
-    for (int j = 0; j < n; ++j, b += stride, y += d) {
-        if (live[j]) {
-            unpack_block<bits, graded, summed>((const uint8_t *) b, f, summed ? pred + (meta[j] & 255)*d : nullptr, y);
-        } else {
-            for (int i = 0; i < SEQKV_BLOCK; ++i) {
-                y[i] = 0.0f;
+#if !(defined(__AVX512VBMI__) && defined(__AVX512BW__))
+template <int bits, int graded> struct unpacker {
+    SEQKV_INLINE void operator()(const uint8_t * b, int8_t * lv) const { unpack_block<bits, graded>(b, lv); }
+};
+#endif
+
+// as unpack_rows for one block of every row
+template <int bits, int graded> static void unpack_column(const char * src, size_t stride, const bool * live, int n, int8_t * lv, float * f) {
+    const unpacker<bits, graded> unpack;
+    const auto & factors = block_factors<bits, graded>;
+    for (int j = 0; j < n; ++j, src += stride) {
+        const uint8_t * b = (const uint8_t *) src;
+        prefetch(b + TILE_ROWS*stride); // the next tile
+        prefetch(b + TILE_ROWS*stride + seqkv_block_bytes(bits, graded) - 1);
+        if (!live[j]) {
+            for (int k = 0; k < (graded ? 3 : 1); ++k) {
+                f[k*TILE_ROWS + j] = 0.0f;
             }
+            continue;
         }
+        for (int k = 0; k < (graded ? 3 : 1); ++k) {
+            f[k*TILE_ROWS + j] = factors.f[k][graded ? (b[0] | b[1] << 8) >> 5*k & 31 : b[0]];
+        }
+        unpack(b, lv + j*SEQKV_BLOCK);
     }
 }
 
-// Rows of a tile: row j at src + j*stride -> y (n, d), zeros where live[j] is not set. pred (64, d): prediction by offset
-// (meta[j] & 255) that is added to rows of a graded plan, or NULL.
-static void unpack_rows(int bits, int graded, const char * src, size_t stride, const bool * live, int n, const float * pred, const int32_t * meta,
-        int d, float * y) {
-    static constexpr decltype(&unpack_column<1, 0, false>) columns[4][3] = {
-        { unpack_column<1, 0, false>, unpack_column<1, 1, false>, unpack_column<1, 1, true> },
-        { unpack_column<2, 0, false>, unpack_column<2, 1, false>, unpack_column<2, 1, true> },
-        { unpack_column<3, 0, false>, unpack_column<3, 1, false>, unpack_column<3, 1, true> },
-        { unpack_column<4, 0, false>, unpack_column<4, 1, false>, unpack_column<4, 1, true> },
+// Rows of a tile: row j at src + j*stride. The factors are 0 where live[j] is not set; the levels are anything there.
+static void unpack_rows(int bits, int graded, const char * src, size_t stride, const bool * live, int n, int d, const level_tile & x) {
+    static constexpr decltype(&unpack_column<1, 0>) columns[4][2] = {
+        { unpack_column<1, 0>, unpack_column<1, 1> }, { unpack_column<2, 0>, unpack_column<2, 1> },
+        { unpack_column<3, 0>, unpack_column<3, 1> }, { unpack_column<4, 0>, unpack_column<4, 1> },
     };
-    const auto unpack = columns[bits - 1][graded ? 1 + (pred != nullptr) : 0];
-    for (int i = 0; i < d; i += SEQKV_BLOCK, src += seqkv_block_bytes(bits, graded)) {
-        unpack(src, stride, live, n, pred ? pred + i : nullptr, meta, d, y + i);
+    for (int c = 0; c < d/SEQKV_BLOCK; ++c, src += seqkv_block_bytes(bits, graded)) {
+        columns[bits - 1][graded](src, stride, live, n, x.lv + c*level_tile::LV, x.f + c*level_tile::F);
     }
 }
 
@@ -368,14 +431,19 @@ static void unpack_rows(int bits, int graded, const char * src, size_t stride, c
 // products
 //
 
-#if defined(__AVX512F__)
-typedef __m512 vec;
+#if defined(__AVX512F__) && defined(__AVX512DQ__)
+typedef __m512 vec; // vload8: floats of int8
 static constexpr int VEC = 16, DOT_K = 4, MAD_N = 4; // floats in a vector, rows of k and vectors of y held in registers at a time
 static inline vec vload(const float * x) { return _mm512_loadu_ps(x); }
 static inline void vstore(float * x, vec a) { _mm512_storeu_ps(x, a); }
+static inline vec vload8(const int8_t * x) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *) x))); }
 static inline vec vset1(float x) { return _mm512_set1_ps(x); }
 static inline vec vmad(vec a, vec b, vec c) { return _mm512_fmadd_ps(a, b, c); } // a*b + c
+static inline vec vmul(vec a, vec b) { return _mm512_mul_ps(a, b); }
+static inline vec vadd(vec a, vec b) { return _mm512_add_ps(a, b); }
 static inline vec vmax(vec a, vec b) { return _mm512_max_ps(a, b); }
+static inline float max_of(vec a) { return _mm512_reduce_max_ps(a); }
+static inline float sum_of(vec a) { return _mm512_reduce_add_ps(a); }
 // the sums of four vectors
 static inline void sums4(float * x, vec a, vec b, vec c, vec d) {
     const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
@@ -384,14 +452,44 @@ static inline void sums4(float * x, vec a, vec b, vec c, vec d) {
     const __m256 h  = _mm256_add_ps(_mm512_castps512_ps256(s), _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(s), 1)));
     _mm_storeu_ps(x, _mm_add_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1)));
 }
+// the sums of 4 x 4 vectors in two steps: four of them to one, whose 128-bit lanes are to be added up; four of these
+static inline vec sums_row(const float * x) {
+    const auto halves = [](vec a, vec b) { // 2 of a and 2 of b in each 4 floats
+        return _mm512_add_ps(_mm512_mask_blend_ps(0xcccc, a, b), _mm512_shuffle_ps(a, b, 0x4e));
+    };
+    const vec ab = halves(vload(x), vload(x + 16)), cd = halves(vload(x + 32), vload(x + 48));
+    return _mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0x88), _mm512_shuffle_ps(ab, cd, 0xdd));
+}
+static inline void store_rows(float * x, int ld, const vec (&row)[4]) {
+    const auto quarters = [](vec a, vec b) { return _mm512_add_ps(_mm512_mask_blend_ps(0xff00, a, b), _mm512_shuffle_f32x4(a, b, 0x4e)); };
+    const vec ab = quarters(row[0], row[1]), cd = quarters(row[2], row[3]);
+    const vec sum = _mm512_add_ps(_mm512_shuffle_f32x4(ab, cd, 0x88), _mm512_shuffle_f32x4(ab, cd, 0xdd));
+    _mm_storeu_ps(x,        _mm512_castps512_ps128(sum));
+    _mm_storeu_ps(x + ld,   _mm512_extractf32x4_ps(sum, 1));
+    _mm_storeu_ps(x + 2*ld, _mm512_extractf32x4_ps(sum, 2));
+    _mm_storeu_ps(x + 3*ld, _mm512_extractf32x4_ps(sum, 3));
+}
 #elif defined(__AVX2__) && defined(__FMA__)
 typedef __m256 vec;
 static constexpr int VEC = 8, DOT_K = 2, MAD_N = 2;
 static inline vec vload(const float * x) { return _mm256_loadu_ps(x); }
 static inline void vstore(float * x, vec a) { _mm256_storeu_ps(x, a); }
+static inline vec vload8(const int8_t * x) { return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *) x))); }
 static inline vec vset1(float x) { return _mm256_set1_ps(x); }
 static inline vec vmad(vec a, vec b, vec c) { return _mm256_fmadd_ps(a, b, c); }
+static inline vec vmul(vec a, vec b) { return _mm256_mul_ps(a, b); }
+static inline vec vadd(vec a, vec b) { return _mm256_add_ps(a, b); }
 static inline vec vmax(vec a, vec b) { return _mm256_max_ps(a, b); }
+static inline float max_of(vec a) {
+    const __m128 h = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+    const __m128 q = _mm_max_ps(h, _mm_movehl_ps(h, h));
+    return _mm_cvtss_f32(_mm_max_ss(q, _mm_movehdup_ps(q)));
+}
+static inline float sum_of(vec a) {
+    const __m128 h = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+    const __m128 q = _mm_add_ps(h, _mm_movehl_ps(h, h));
+    return _mm_cvtss_f32(_mm_add_ss(q, _mm_movehdup_ps(q)));
+}
 static inline void sums4(float * x, vec a, vec b, vec c, vec d) {
     const __m256 ab = _mm256_add_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b));
     const __m256 cd = _mm256_add_ps(_mm256_unpacklo_ps(c, d), _mm256_unpackhi_ps(c, d));
@@ -403,9 +501,18 @@ typedef float32x4_t vec;
 static constexpr int VEC = 4, DOT_K = 4, MAD_N = 4;
 static inline vec vload(const float * x) { return vld1q_f32(x); }
 static inline void vstore(float * x, vec a) { vst1q_f32(x, a); }
+static inline vec vload8(const int8_t * x) {
+    int32_t four;
+    memcpy(&four, x, sizeof(four));
+    return vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(vreinterpret_s8_s32(vdup_n_s32(four))))));
+}
 static inline vec vset1(float x) { return vdupq_n_f32(x); }
 static inline vec vmad(vec a, vec b, vec c) { return vfmaq_f32(c, a, b); }
+static inline vec vmul(vec a, vec b) { return vmulq_f32(a, b); }
+static inline vec vadd(vec a, vec b) { return vaddq_f32(a, b); }
 static inline vec vmax(vec a, vec b) { return vmaxq_f32(a, b); }
+static inline float max_of(vec a) { return vmaxvq_f32(a); }
+static inline float sum_of(vec a) { return vaddvq_f32(a); }
 static inline void sums4(float * x, vec a, vec b, vec c, vec d) { vst1q_f32(x, vpaddq_f32(vpaddq_f32(a, b), vpaddq_f32(c, d))); }
 #else
 // for the compiler to make something of
@@ -413,15 +520,25 @@ struct vec { float x[4]; };
 static constexpr int VEC = 4, DOT_K = 2, MAD_N = 2;
 static inline vec vload(const float * x) { return { { x[0], x[1], x[2], x[3] } }; }
 static inline void vstore(float * x, vec a) { memcpy(x, a.x, sizeof(a.x)); }
+static inline vec vload8(const int8_t * x) { return { { (float) x[0], (float) x[1], (float) x[2], (float) x[3] } }; }
 static inline vec vset1(float x) { return { { x, x, x, x } }; }
 static inline vec vmad(vec a, vec b, vec c) {
     return { { a.x[0]*b.x[0] + c.x[0], a.x[1]*b.x[1] + c.x[1], a.x[2]*b.x[2] + c.x[2], a.x[3]*b.x[3] + c.x[3] } };
 }
+static inline vec vmul(vec a, vec b) { return { { a.x[0]*b.x[0], a.x[1]*b.x[1], a.x[2]*b.x[2], a.x[3]*b.x[3] } }; }
+static inline vec vadd(vec a, vec b) { return { { a.x[0] + b.x[0], a.x[1] + b.x[1], a.x[2] + b.x[2], a.x[3] + b.x[3] } }; }
 static inline vec vmax(vec a, vec b) {
     for (int i = 0; i < 4; ++i) {
         a.x[i] = a.x[i] > b.x[i] ? a.x[i] : b.x[i];
     }
     return a;
+}
+static inline float max_of(vec a) {
+    float m = a.x[0];
+    for (int i = 1; i < 4; ++i) {
+        m = a.x[i] > m ? a.x[i] : m;
+    }
+    return m;
 }
 static inline void sums4(float * x, vec a, vec b, vec c, vec d) {
     const vec v[4] = { a, b, c, d };
@@ -431,25 +548,68 @@ static inline void sums4(float * x, vec a, vec b, vec c, vec d) {
 }
 #endif
 
-// maximum of n values, n a multiple of 16
-static float row_max(const float * x, int n) {
-    vec m = vload(x);
-    for (int i = VEC; i < n; i += VEC) {
-        m = vmax(m, vload(x + i));
+// ggml has an exponential function of these vectors; with SVE, none of NEON's
+#if (defined(__AVX512F__) && defined(__AVX512DQ__)) || (defined(__AVX2__) && defined(__FMA__)) || (defined(__aarch64__) && !defined(__ARM_FEATURE_SVE))
+#    define SEQKV_VEXP
+#endif
+
+// Keeps x in a register: compilers like to read an operand from memory again for each product, and loads are scarcer than these.
+static inline void hold(vec & x) {
+#if defined(__GNUC__) && defined(__AVX512F__)
+    __asm__("" : "+v"(x));
+#elif defined(__GNUC__) && defined(__AVX2__) && defined(__FMA__)
+    __asm__("" : "+x"(x));
+#else
+    (void) x;
+#endif
+}
+
+// x <- scale*x + bias; n a multiple of 16. Returns the maximum.
+static float scale_row(float * x, float scale, const float * bias, int n) {
+    vec m = vset1(-INFINITY);
+    for (int i = 0; i < n; i += VEC) {
+        const vec y = vmad(vset1(scale), vload(x + i), vload(bias + i));
+        vstore(x + i, y);
+        m = vmax(m, y);
     }
-    float lane[VEC];
-    vstore(lane, m);
-    for (int w = VEC/2; w > 0; w /= 2) {
-        for (int i = 0; i < w; ++i) {
-            lane[i] = lane[i + w] > lane[i] ? lane[i + w] : lane[i];
+    return max_of(m);
+}
+
+// x <- exp(x - max); n a multiple of 16. Returns the sum.
+static float exp_row(float * x, float max, int n) {
+#if defined(SEQKV_VEXP)
+    vec sum = vset1(0.0f);
+    for (int i = 0; i < n; i += VEC) {
+        const vec y = ggml_v_expf(vadd(vload(x + i), vset1(-max)));
+        vstore(x + i, y);
+        sum = vadd(sum, y);
+    }
+    return sum_of(sum);
+#else
+    return (float) ggml_vec_soft_max_f32(n, x, x, max);
+#endif
+}
+
+// the sums of each vector -> s (NQ, ld)
+template <int NQ> static inline void store_sums(const vec (&sum)[NQ][DOT_K], float * s, int ld) {
+    static_assert(DOT_K == 2 || DOT_K == 4, "sums4 adds up four vectors");
+    if (DOT_K == 4) {
+        for (int r = 0; r < NQ; ++r) {
+            sums4(s + r*ld, sum[r][0], sum[r][1], sum[r][DOT_K - 2], sum[r][DOT_K - 1]);
         }
+        return;
     }
-    return lane[0];
+    for (int r = 0; r < NQ; r += 2) {
+        const int other = r + 1 < NQ ? r + 1 : r;
+        float x[4];
+        sums4(x, sum[r][0], sum[r][1], sum[other][0], sum[other][1]);
+        memcpy(s + r*ld,     x,     2*sizeof(float));
+        memcpy(s + other*ld, x + 2, 2*sizeof(float));
+    }
 }
 
 // s (NQ, ld) = q (NQ, d) k^T, k (n, d); n a multiple of 4, d of 64
 template <int NQ> static void dot_block(const float * q, const float * k, int n, int d, float * s, int ld) {
-    static_assert(DOT_K == 2 || DOT_K == 4, "sums4 adds up four vectors");
     for (int j = 0; j < n; j += DOT_K, k += DOT_K*d) {
         vec sum[NQ][DOT_K];
         for (int r = 0; r < NQ; ++r) {
@@ -461,6 +621,7 @@ template <int NQ> static void dot_block(const float * q, const float * k, int n,
             vec qv[NQ], kv[DOT_K];
             for (int r = 0; r < NQ; ++r) {
                 qv[r] = vload(q + r*d + i);
+                hold(qv[r]);
             }
             for (int c = 0; c < DOT_K; ++c) {
                 kv[c] = vload(k + c*d + i);
@@ -471,19 +632,7 @@ template <int NQ> static void dot_block(const float * q, const float * k, int n,
                 }
             }
         }
-        if (DOT_K == 4) {
-            for (int r = 0; r < NQ; ++r) {
-                sums4(s + r*ld + j, sum[r][0], sum[r][1], sum[r][DOT_K - 2], sum[r][DOT_K - 1]);
-            }
-            continue;
-        }
-        for (int r = 0; r < NQ; r += 2) {
-            const int other = r + 1 < NQ ? r + 1 : r;
-            float x[4];
-            sums4(x, sum[r][0], sum[r][1], sum[other][0], sum[other][1]);
-            memcpy(s + r*ld + j,     x,     2*sizeof(float));
-            memcpy(s + other*ld + j, x + 2, 2*sizeof(float));
-        }
+        store_sums<NQ>(sum, s + j, ld);
     }
 }
 
@@ -513,9 +662,11 @@ template <int NQ> static void mad_block(const float * p, int ld, const float * x
             vec xv[MAD_N];
             for (int c = 0; c < MAD_N; ++c) {
                 xv[c] = vload(x + j*d + i + c*VEC);
+                hold(xv[c]);
             }
             for (int r = 0; r < NQ; ++r) {
-                const vec pv = vset1(p[r*ld + j]);
+                vec pv = vset1(p[r*ld + j]);
+                hold(pv);
                 for (int c = 0; c < MAD_N; ++c) {
                     acc[r][c] = vmad(pv, xv[c], acc[r][c]);
                 }
@@ -539,5 +690,264 @@ static void mad_rows(const float * p, int ld, const float * x, int nq, int n, in
         case 3: mad_block<3>(p + r*ld, ld, x, n, d, y + r*d); break;
         case 2: mad_block<2>(p + r*ld, ld, x, n, d, y + r*d); break;
         case 1: mad_block<1>(p + r*ld, ld, x, n, d, y + r*d); break;
+    }
+}
+
+//
+// products with levels
+//
+
+// Row j of a tile as floats, plus add[j] (d floats) if summed. y (n, d)
+template <int graded, bool summed> static void level_floats(const level_tile & x, const float * const * add, int n, int d, float * y) {
+    for (int c = 0; c < d/SEQKV_BLOCK; ++c) {
+        const int8_t * lv = x.lv + c*level_tile::LV;
+        const float  * f  = x.f  + c*level_tile::F;
+        for (int j = 0; j < n; ++j) {
+            for (int i = 0; i < SEQKV_BLOCK; i += VEC) {
+                const int o = c*SEQKV_BLOCK + i;
+                const vec s = vset1(f[group_of(graded, i/16)*TILE_ROWS + j]);
+                vstore(y + j*d + o, vmad(s, vload8(lv + j*SEQKV_BLOCK + i), summed ? vload(add[j] + o) : vset1(0.0f)));
+            }
+        }
+    }
+}
+
+// Where sums of products go: lanes are added up and stored, DOT_K rows of NQ queries at a time.
+template <int NQ, int d> struct row_sums {
+    float * s;
+    int     ld;
+
+    row_sums(float * s, int ld) : s(s), ld(ld) {}
+
+    void beside(int) {}
+    void put(int j, const vec (&sum)[NQ][DOT_K]) { store_sums<NQ>(sum, s + j, ld); }
+    void finish() {}
+};
+
+#if defined(__AVX512F__) && defined(__AVX512DQ__)
+// One step later, beside the products of the next rows: right behind their own products the additions would wait in the queue that
+// the next products have to pass. With more values there is less to gain, and too few registers.
+template <> struct row_sums<4, 64> {
+    float * s;
+    int     ld;
+    int     last = 0;
+    vec     row[4];
+    alignas(64) float parts[4*DOT_K*VEC] = { 0.0f };
+
+    row_sums(float * s, int ld) : s(s), ld(ld) {}
+
+    SEQKV_INLINE void beside(int r) { row[r] = sums_row(parts + r*DOT_K*VEC); }
+    SEQKV_INLINE void put(int j, const vec (&sum)[4][DOT_K]) {
+        store_rows(s + last, ld, row); // zeros, the first time
+        for (int r = 0; r < 4; ++r) {
+            for (int c = 0; c < DOT_K; ++c) {
+                vstore(parts + (r*DOT_K + c)*VEC, sum[r][c]);
+            }
+        }
+        last = j;
+    }
+    SEQKV_INLINE void finish() {
+        for (int r = 0; r < 4; ++r) {
+            beside(r);
+        }
+        store_rows(s + last, ld, row);
+    }
+};
+#endif
+
+// s (NQ, ld) = q (NQ, d) k^T; k: n rows of a tile, plus add[j] if summed; n a multiple of 4. d is a constant, so that few pointers
+// are needed: gcc keeps those that it has no register for in vectors, and what gets them back waits behind the products.
+template <int NQ, int d, int graded, bool summed>
+static void dot_levels_block(const float * q, const level_tile & k, const float * const * add, int n, float * s, int ld) {
+    const int8_t * lv = k.lv;
+    const float  * f  = k.f;
+    row_sums<NQ, d> sums(s, ld);
+    for (int j = 0; j < n; j += DOT_K, lv += DOT_K*SEQKV_BLOCK, f += DOT_K) {
+        vec sum[NQ][DOT_K];
+        for (int r = 0; r < NQ; ++r) {
+            for (int c = 0; c < DOT_K; ++c) {
+                sum[r][c] = vset1(0.0f);
+            }
+        }
+        for (int b = 0; b < d/SEQKV_BLOCK; ++b) {
+            SEQKV_UNROLL
+            for (int i = 0; i < SEQKV_BLOCK; i += VEC) {
+                vec qv[NQ];
+                for (int r = 0; r < NQ; ++r) {
+                    qv[r] = vload(q + r*d + b*SEQKV_BLOCK + i);
+                    hold(qv[r]);
+                }
+                for (int c = 0; c < DOT_K; ++c) {
+                    const vec x  = vload8(lv + b*level_tile::LV + c*SEQKV_BLOCK + i);
+                    const vec fc = vset1(f[b*level_tile::F + group_of(graded, i/16)*TILE_ROWS + c]);
+                    const vec kv = vmad(fc, x, summed ? vload(add[j + c] + b*SEQKV_BLOCK + i) : vset1(0.0f));
+                    for (int r = 0; r < NQ; ++r) {
+                        sum[r][c] = vmad(qv[r], kv, sum[r][c]);
+                    }
+                }
+                sums.beside(i/VEC);
+            }
+        }
+        sums.put(j, sum);
+    }
+    sums.finish();
+}
+
+template <int d, int graded, bool summed>
+static void dot_levels_of(const float * q, const level_tile & k, const float * const * add, int nq, int n, float * s, int ld) {
+    int r = 0;
+    for (; r + 4 <= nq; r += 4) {
+        dot_levels_block<4, d, graded, summed>(q + r*d, k, add, n, s + r*ld, ld);
+    }
+    switch (nq - r) {
+        case 3: dot_levels_block<3, d, graded, summed>(q + r*d, k, add, n, s + r*ld, ld); break;
+        case 2: dot_levels_block<2, d, graded, summed>(q + r*d, k, add, n, s + r*ld, ld); break;
+        case 1: dot_levels_block<1, d, graded, summed>(q + r*d, k, add, n, s + r*ld, ld); break;
+    }
+}
+
+template <int graded, bool summed>
+static void dot_levels(const float * q, const level_tile & k, const float * const * add, int nq, int n, int d, float * s, int ld) {
+    switch (d) {
+        case 64:  dot_levels_of< 64, graded, summed>(q, k, add, nq, n, s, ld); break;
+        case 128: dot_levels_of<128, graded, summed>(q, k, add, nq, n, s, ld); break;
+        default:  dot_levels_of<256, graded, summed>(q, k, add, nq, n, s, ld); break;
+    }
+}
+
+// y (NQ, d) += p (NQ, ld) x; x: n rows of a tile of the uniform plan, n a multiple of 16; p >= 0
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512DQ__)
+
+// Integer products: p times factor is 16 bits of a unit of its own for each query and block column, which is an error of
+// 1e-9 at most (NMSE), and four rows are added up in one instruction.
+// Vectors 2*half and 2*half + 1 of the sums: values 16*L + 4*k .. of a row are in lane L of vector k, where bytes of four rows come
+// side by side.
+template <int NQ, int half>
+SEQKV_NOINLINE static void dot_bytes(const int8_t * lv, const uint8_t (&digit)[2][NQ][TILE_ROWS], int n, int32_t (&sum)[NQ][4][16]) {
+    __m512i acc[NQ][2][2];
+    for (int r = 0; r < NQ; ++r) {
+        acc[r][0][0] = acc[r][0][1] = acc[r][1][0] = acc[r][1][1] = _mm512_setzero_si512();
+    }
+    for (int j = 0; j < n; j += 4) {
+        __m512i row[4];
+        for (int k = 0; k < 4; ++k) {
+            row[k] = _mm512_loadu_si512(lv + (j + k)*SEQKV_BLOCK);
+        }
+        const __m512i lo = half ? _mm512_unpackhi_epi8(row[0], row[1]) : _mm512_unpacklo_epi8(row[0], row[1]);
+        const __m512i hi = half ? _mm512_unpackhi_epi8(row[2], row[3]) : _mm512_unpacklo_epi8(row[2], row[3]);
+        const __m512i x0 = _mm512_unpacklo_epi16(lo, hi), x1 = _mm512_unpackhi_epi16(lo, hi);
+        for (int r = 0; r < NQ; ++r) {
+            for (int k = 0; k < 2; ++k) {
+                int32_t word;
+                memcpy(&word, digit[k][r] + j, sizeof(word));
+                const __m512i pv = _mm512_set1_epi32(word);
+                acc[r][k][0] = _mm512_dpbusd_epi32(acc[r][k][0], pv, x0);
+                acc[r][k][1] = _mm512_dpbusd_epi32(acc[r][k][1], pv, x1);
+            }
+        }
+    }
+    for (int r = 0; r < NQ; ++r) {
+        for (int k = 0; k < 2; ++k) {
+            _mm512_store_si512(sum[r][2*half + k], _mm512_add_epi32(acc[r][0][k], _mm512_slli_epi32(acc[r][1][k], 8)));
+        }
+    }
+}
+
+template <int NQ> static void mad_levels_block(const float * p, int ld, const level_tile & tile, int n, int d, float * y) {
+    for (int b = 0; b < d; b += SEQKV_BLOCK) {
+        const int8_t * lv = tile.lv + b/SEQKV_BLOCK*level_tile::LV;
+        const float  * f  = tile.f  + b/SEQKV_BLOCK*level_tile::F;
+
+        alignas(64) uint8_t digit[2][NQ][TILE_ROWS]; // low and high byte
+        float unit[NQ];
+        for (int r = 0; r < NQ; ++r) {
+            __m512 pf[TILE_ROWS/16], max = _mm512_setzero_ps();
+            SEQKV_UNROLL
+            for (int j = 0; j < n/16; ++j) {
+                pf[j] = _mm512_mul_ps(_mm512_loadu_ps(p + r*ld + 16*j), _mm512_loadu_ps(f + 16*j));
+                max   = _mm512_max_ps(max, pf[j]);
+            }
+            const float top = std::max(_mm512_reduce_max_ps(max), 1e-30f);
+            unit[r] = top/65535.0f;
+            for (int j = 0; j < n/16; ++j) {
+                const __m512i q = _mm512_cvtps_epi32(_mm512_mul_ps(pf[j], _mm512_set1_ps(65535.0f/top)));
+                _mm_store_si128((__m128i *) (digit[0][r] + 16*j), _mm512_cvtepi32_epi8(q));
+                _mm_store_si128((__m128i *) (digit[1][r] + 16*j), _mm512_cvtepi32_epi8(_mm512_srli_epi32(q, 8)));
+            }
+        }
+
+        alignas(64) int32_t sum[NQ][4][16];
+        dot_bytes<NQ, 0>(lv, digit, n, sum);
+        dot_bytes<NQ, 1>(lv, digit, n, sum);
+
+        for (int r = 0; r < NQ; ++r) {
+            __m512i x[4];
+            for (int k = 0; k < 4; ++k) {
+                x[k] = _mm512_load_si512(sum[r][k]);
+            }
+            const __m512i a = _mm512_shuffle_i32x4(x[0], x[1], 0x44), c = _mm512_shuffle_i32x4(x[0], x[1], 0xee);
+            const __m512i e = _mm512_shuffle_i32x4(x[2], x[3], 0x44), g = _mm512_shuffle_i32x4(x[2], x[3], 0xee);
+            const __m512i z[4] = { _mm512_shuffle_i32x4(a, e, 0x88), _mm512_shuffle_i32x4(a, e, 0xdd),
+                                   _mm512_shuffle_i32x4(c, g, 0x88), _mm512_shuffle_i32x4(c, g, 0xdd) };
+            for (int k = 0; k < 4; ++k) {
+                float * out = y + r*d + b + 16*k;
+                _mm512_storeu_ps(out, _mm512_fmadd_ps(_mm512_set1_ps(unit[r]), _mm512_cvtepi32_ps(z[k]), _mm512_loadu_ps(out)));
+            }
+        }
+    }
+}
+
+#else
+
+template <int NQ> static void mad_levels_block(const float * p, int ld, const level_tile & x, int n, int d, float * y) {
+    for (int b = 0; b < d; b += SEQKV_BLOCK) {
+        const int8_t * lv = x.lv + b/SEQKV_BLOCK*level_tile::LV;
+        const float  * f  = x.f  + b/SEQKV_BLOCK*level_tile::F;
+        float pf[NQ][TILE_ROWS];
+        for (int r = 0; r < NQ; ++r) {
+            for (int j = 0; j < n; ++j) {
+                pf[r][j] = p[r*ld + j]*f[j];
+            }
+        }
+        for (int i = 0; i < SEQKV_BLOCK; i += MAD_N*VEC) {
+            vec acc[NQ][MAD_N];
+            for (int r = 0; r < NQ; ++r) {
+                for (int c = 0; c < MAD_N; ++c) {
+                    acc[r][c] = vload(y + r*d + b + i + c*VEC);
+                }
+            }
+            for (int j = 0; j < n; ++j) {
+                vec xv[MAD_N];
+                for (int c = 0; c < MAD_N; ++c) {
+                    xv[c] = vload8(lv + j*SEQKV_BLOCK + i + c*VEC);
+                }
+                for (int r = 0; r < NQ; ++r) {
+                    vec pv = vset1(pf[r][j]);
+                    hold(pv);
+                    for (int c = 0; c < MAD_N; ++c) {
+                        acc[r][c] = vmad(pv, xv[c], acc[r][c]);
+                    }
+                }
+            }
+            for (int r = 0; r < NQ; ++r) {
+                for (int c = 0; c < MAD_N; ++c) {
+                    vstore(y + r*d + b + i + c*VEC, acc[r][c]);
+                }
+            }
+        }
+    }
+}
+
+#endif
+
+static void mad_levels(const float * p, int ld, const level_tile & x, int nq, int n, int d, float * y) {
+    int r = 0;
+    for (; r + 4 <= nq; r += 4) {
+        mad_levels_block<4>(p + r*ld, ld, x, n, d, y + r*d);
+    }
+    switch (nq - r) {
+        case 3: mad_levels_block<3>(p + r*ld, ld, x, n, d, y + r*d); break;
+        case 2: mad_levels_block<2>(p + r*ld, ld, x, n, d, y + r*d); break;
+        case 1: mad_levels_block<1>(p + r*ld, ld, x, n, d, y + r*d); break;
     }
 }

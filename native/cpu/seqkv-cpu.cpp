@@ -210,6 +210,10 @@ struct block_queue {
 
 static constexpr int STORE_ROWS = 16; // head vectors that are transformed together
 
+// Scratch begins at a cache line: vectors across two take twice as long to load
+static constexpr size_t LINE = 64;
+static float * scratch(const ggml_compute_params * params) { return (float *) GGML_PAD((uintptr_t) params->wdata, LINE); }
+
 // scratch of one thread in floats: enc (dk, dk), vectors (STORE_ROWS, d), the same transformed
 static size_t store_floats(const ggml_seqkv_params & p) {
     return p.dk*p.dk + 2*STORE_ROWS*std::max(p.dk, p.dv);
@@ -298,7 +302,7 @@ void ggml_compute_forward_seqkv_store(const ggml_compute_params * params, ggml_t
         return;
     }
 
-    float * enc = (float *) params->wdata + params->ith*store_floats(p);
+    float * enc = scratch(params) + params->ith*store_floats(p);
     float * x   = enc + p.dk*p.dk;
     float * z   = x + STORE_ROWS*d;
     block_queue queue(bits, ggml_seqkv_graded(dst->type));
@@ -521,8 +525,9 @@ static void transpose(const float * GGML_RESTRICT x, float * GGML_RESTRICT y, in
 // Scratch of one thread. Shapes in floats; nq: query rows of the largest tile.
 struct attn_scratch {
     float * q;     // (nq, dk)     queries as given
-    float * qr;    // (FRAME_Q, dk) queries in the frame of the current tile
-    float * qf;    // (FRAME_Q, dk) the same in the domain of its keys
+    float * qs;    // (FRAME_Q, dk) the same, rotated pairs swapped
+    float * qr;    // (FRAME_Q, dk) queries in the frames of the next tiles
+    float * qf;    // (FRAME_Q, dk) the same in the domain of the keys
     float * k;     // (TILE, dk)   keys of a tile
     float * kt;    // (dk, TILE)   the same, transposed
     float * ka;    // (dk, TILE)   the same, transformed back
@@ -535,12 +540,13 @@ struct attn_scratch {
     float * m;     // (nq)         running maximum
     float * l;     // (nq)         running sum of p
     float * l_z;   // (nq)         its part over transformed values
+    level_tile x;  //              rows of a tile as levels: keys, then values
 
     static constexpr int FRAME_Q = TILE/2; // with up to so many query rows, these are rotated and not the keys
 
     static size_t floats(const attn_view & a) {
         const size_t dk = a.p.dk, dv = a.p.dv, nq = tile_tokens(a)*a.group;
-        const size_t n = nq*(dk + 2*dv + TILE + 3) + FRAME_Q*2*dk + TILE*(3*dk + dv) + (a.form_k == DENSE ? dk*dk + SEQKV_FRAME*dk : 0);
+        const size_t n = nq*(dk + 2*dv + TILE + 3) + FRAME_Q*3*dk + TILE*(3*dk + dv) + std::max(dk, dv)/SEQKV_BLOCK*(level_tile::LV/sizeof(float) + level_tile::F) + (a.form_k == DENSE ? dk*dk + SEQKV_FRAME*dk : 0);
         return GGML_PAD(n, 16) + 16; // threads do not share cache lines
     }
     static int64_t tile_tokens(const attn_view & a) {
@@ -550,6 +556,7 @@ struct attn_scratch {
         const size_t dk = a.p.dk, dv = a.p.dv, nq = tile_tokens(a)*a.group;
         const auto take = [&w](size_t n) { float * r = w; w += n; return r; };
         q     = take(nq*dk);
+        qs    = take(FRAME_Q*dk);
         qr    = take(FRAME_Q*dk);
         qf    = take(FRAME_Q*dk);
         k     = take(TILE*dk);
@@ -559,11 +566,13 @@ struct attn_scratch {
         s     = take(nq*TILE);
         acc_z = take(nq*dv);
         acc_x = take(nq*dv);
+        x.lv  = (int8_t *) take(std::max(dk, dv)/SEQKV_BLOCK*level_tile::LV/sizeof(float));
+        x.f   = take(std::max(dk, dv)/SEQKV_BLOCK*level_tile::F);
+        dec   = a.form_k == DENSE ? take(dk*dk) : nullptr;
+        pred  = a.form_k == DENSE ? take(SEQKV_FRAME*dk) : nullptr;
         m     = take(nq);
         l     = take(nq);
         l_z   = take(nq);
-        dec   = a.form_k == DENSE ? take(dk*dk) : nullptr;
-        pred  = a.form_k == DENSE ? take(SEQKV_FRAME*dk) : nullptr;
     }
 };
 
@@ -574,8 +583,10 @@ struct attn_worker {
     int64_t s;        // stream
     int     h;        // KV head
     int64_t t0;       // first token of the tile
+    int64_t end = 0;  // of the range of the virtual axis
     int     nt, nq;   // tokens, query rows = nt*group; row r is token r/group, head r%group
-    int32_t q_origin = -1; // what w.qf holds: origin row of rot
+    int     n_frames = 0; // what w.qf holds: nq rows for each frame
+    int32_t frames[attn_scratch::FRAME_Q]; // its origin row of rot
     form_t  q_form   = PLAIN;
     bool    has_tables = false;
     bool    has_z      = false; // transformed values have been read
@@ -585,6 +596,9 @@ struct attn_worker {
         const auto & p = a.p;
         for (int r = 0; r < nq; ++r) {
             memcpy(w.q + r*p.dk, a.query(s, t0 + r/a.group, h*a.group + r%a.group), p.dk*sizeof(float));
+        }
+        for (int r = 0; nq <= attn_scratch::FRAME_Q && r < nq; ++r) {
+            swap_pairs(w.q + r*p.dk, w.qs + r*p.dk);
         }
         std::fill(w.acc_z, w.acc_z + nq*p.dv, 0.0f);
         std::fill(w.acc_x, w.acc_x + nq*p.dv, 0.0f);
@@ -604,27 +618,79 @@ struct attn_worker {
         has_tables = true;
     }
 
-    // queries R(-t0) q in the domain of the keys: as they are, H R(-t0) q or D^T R(-t0) q
-    void set_query_frame(int32_t origin, form_t form) {
-        if (origin == q_origin && form == q_form) {
-            return;
+    // x[i] -> its partner in the rotation; the others 0
+    void swap_pairs(const float * x, float * y) const {
+        const int n_rot = a.p.n_rot, half = n_rot/2;
+        for (int i = 0; i < half; ++i) {
+            const int i0 = a.p.neox ? i : 2*i, i1 = a.p.neox ? i + half : 2*i + 1;
+            y[i0] = x[i1];
+            y[i1] = x[i0];
         }
-        const int     dk = a.p.dk;
+        std::fill(y + n_rot, y + a.p.dk, 0.0f);
+    }
+
+    // R(-t0) q -> y (nq, dk)
+    void rotate_queries(int32_t origin, float * y) const {
+        const int dk = a.p.dk, n_rot = a.p.n_rot, half = n_rot/2;
         const float * cs = a.rot.origin(origin << 8);
-        float * rotated = form == DENSE ? w.qr : w.qf;
-        memcpy(rotated, w.q, nq*dk*sizeof(float));
+        float c[MAX_HEAD], sn[MAX_HEAD];
+        if (a.p.neox) {
+            for (int i = 0; i < half; ++i) {
+                c [i] = c[i + half] = cs[2*i];
+                sn[i]        =  cs[2*i + 1];
+                sn[i + half] = -cs[2*i + 1];
+            }
+        } else {
+            for (int i = 0; i < half; ++i) {
+                c [2*i] = c[2*i + 1] = cs[2*i];
+                sn[2*i]     =  cs[2*i + 1];
+                sn[2*i + 1] = -cs[2*i + 1];
+            }
+        }
+        std::fill(c  + n_rot, c  + dk, 1.0f);
+        std::fill(sn + n_rot, sn + dk, 0.0f);
         for (int r = 0; r < nq; ++r) {
-            seqkv_rotate(rotated + r*dk, cs, a.p.n_rot, a.p.neox, 1);
-            if (form == HADAMARD) {
-                fwht_row(rotated + r*dk, dk);
+            const float * x = w.q + r*dk, * xs = w.qs + r*dk;
+            float * yr = y + r*dk;
+            for (int i = 0; i < dk; i += VEC) {
+                vstore(yr + i, vmad(vload(x + i), vload(c + i), vmul(vload(xs + i), vload(sn + i))));
+            }
+        }
+    }
+
+    // Queries R(-t0) q in the domain of the keys: as they are, H R(-t0) q or D^T R(-t0) q. With D those of the frames after row j0
+    // are made as well, as many as there is room for: D leaves the cache between tiles.
+    const float * frame_queries(int64_t j0, int32_t origin, form_t form) {
+        const int dk = a.p.dk;
+        for (int k = 0; k < n_frames; ++k) {
+            if (frames[k] == origin && q_form == form) {
+                return w.qf + k*nq*dk;
+            }
+        }
+        q_form    = form;
+        n_frames  = 1;
+        frames[0] = origin;
+        const int32_t     * meta = a.meta_row(s);
+        const ggml_fp16_t * mask = a.mask_row(s, t0);
+        for (int64_t j = j0 + TILE; form == DENSE && j < std::min<int64_t>(end, a.p.n_kv) && (n_frames + 1)*nq <= attn_scratch::FRAME_Q; j += TILE) {
+            if (meta[j] >= 0 && meta[j] >> 8 != frames[n_frames - 1] && mask[j] != MASKED) {
+                frames[n_frames++] = meta[j] >> 8;
+            }
+        }
+        float * rotated = form == DENSE ? w.qr : w.qf;
+        for (int k = 0; k < n_frames; ++k) {
+            rotate_queries(frames[k], rotated + k*nq*dk);
+        }
+        if (form == HADAMARD) {
+            for (int r = 0; r < nq; ++r) {
+                fwht_row(w.qf + r*dk, dk);
             }
         }
         if (form == DENSE) {
-            std::fill(w.qf, w.qf + nq*dk, 0.0f);
-            mad_rows(w.qr, dk, w.dec, nq, dk, dk, w.qf);
+            std::fill(w.qf, w.qf + n_frames*nq*dk, 0.0f);
+            mad_rows(w.qr, dk, w.dec, n_frames*nq, dk, dk, w.qf);
         }
-        q_origin = origin;
-        q_form   = form;
+        return w.qf;
     }
 
     // keys of the tile (dk, tw) to absolute positions: inverse transform, then R(origin) column by column. Returns where they are.
@@ -671,6 +737,37 @@ struct attn_worker {
         return 0;
     }
 
+    // products of row r with a tile -> probabilities, and what was summed up before is scaled to the new maximum
+    void softmax(int r, const float * bias, int n, int tw, bool transformed_v) const {
+        const auto & p = a.p;
+        float * sr = w.s + r*tw;
+        float scale = p.scale;
+        if (p.softcap != 0.0f) {
+            for (int j = 0; j < n; ++j) {
+                sr[j] = tanhf(sr[j]*p.scale/p.softcap);
+            }
+            scale = p.softcap;
+        }
+        const float max = scale_row(sr, scale, bias, tw);
+        if (max == -INFINITY) {
+            std::fill(sr, sr + tw, 0.0f);
+            return;
+        }
+        if (max > w.m[r]) {
+            const float f = expf(w.m[r] - max);
+            w.m[r]    = max;
+            w.l[r]   *= f;
+            w.l_z[r] *= f;
+            ggml_vec_scale_f32(p.dv, w.acc_z + r*p.dv, f);
+            ggml_vec_scale_f32(p.dv, w.acc_x + r*p.dv, f);
+        }
+        const float sum = exp_row(sr, w.m[r], tw);
+        w.l[r] += sum;
+        if (transformed_v) {
+            w.l_z[r] += sum;
+        }
+    }
+
     // rows [j0, j0 + n) of the virtual axis, all cells or all exact rows
     void tile(int64_t j0, int n, bool one_origin) {
         const auto & p = a.p;
@@ -685,10 +782,10 @@ struct attn_worker {
             }
         }
         bool live[TILE];
-        bool any_live = false;
+        uint16_t any_live = 0;
         for (int j = 0; j < TILE; ++j) {
             live[j]   = seen[j] != 0;
-            any_live |= live[j];
+            any_live |= seen[j];
         }
         if (!any_live) {
             return;
@@ -704,7 +801,19 @@ struct attn_worker {
         }
 
         if (cells && a.bits_k) {
-            unpack_rows(a.bits_k, a.graded_k, a.cell_k(s, j0, h), a.k->nb[1], live, tw, form == DENSE ? w.pred : nullptr, meta, p.dk, w.k);
+            const float * add[TILE];
+            for (int j = 0; form == DENSE && j < tw; ++j) {
+                add[j] = w.pred + (j < n ? meta[j] & (SEQKV_FRAME - 1) : 0)*p.dk;
+            }
+            unpack_rows(a.bits_k, a.graded_k, a.cell_k(s, j0, h), a.k->nb[1], live, tw, p.dk, w.x);
+            if (frame_q) {
+                const float * q = frame_queries(j0, first_origin(meta, n), form);
+                const auto dot = !a.graded_k ? dot_levels<0, false> : form == DENSE ? dot_levels<1, true> : dot_levels<1, false>;
+                dot(q, w.x, add, nq, tw, p.dk, w.s, tw);
+            } else {
+                const auto to_floats = !a.graded_k ? level_floats<0, false> : form == DENSE ? level_floats<1, true> : level_floats<1, false>;
+                to_floats(w.x, add, tw, p.dk, w.k);
+            }
         } else {
             for (int j = 0; j < tw; ++j) {
                 float * kj = w.k + j*p.dk;
@@ -718,9 +827,10 @@ struct attn_worker {
             }
         }
 
-        if (frame_q) {
-            set_query_frame(first_origin(meta, n), form);
-            dot_rows(w.qf, w.k, nq, tw, p.dk, w.s, tw);
+        if (cells && a.bits_k && frame_q) {
+            // done
+        } else if (frame_q) {
+            dot_rows(frame_queries(j0, first_origin(meta, n), form), w.k, nq, tw, p.dk, w.s, tw);
         } else {
             transpose(w.k, w.kt, tw, p.dk);
             std::fill(w.s, w.s + nq*tw, 0.0f);
@@ -728,44 +838,26 @@ struct attn_worker {
         }
 
         const bool transformed_v = cells && a.form_v != PLAIN;
-        for (int r = 0; r < nq; ++r) {
-            float * sr = w.s + r*tw;
-            const ggml_fp16_t * mask = a.mask_row(s, t0 + r/a.group) + j0;
-            if (p.softcap != 0.0f) {
-                for (int j = 0; j < n; ++j) {
-                    sr[j] = p.softcap*tanhf(sr[j]*p.scale/p.softcap);
-                }
-            } else {
-                for (int j = 0; j < n; ++j) {
-                    sr[j] *= p.scale;
-                }
-            }
+        for (int t = 0; t < nt; ++t) {
+            const ggml_fp16_t * mask = a.mask_row(s, t0 + t) + j0;
+            float bias[TILE]; // 0 or -inf
             for (int j = 0; j < n; ++j) {
-                sr[j] = mask[j] == MASKED ? -INFINITY : sr[j];
+                bias[j] = mask[j] == MASKED ? -INFINITY : 0.0f;
             }
-            std::fill(sr + n, sr + tw, -INFINITY);
-            const float max = row_max(sr, tw);
-            if (max == -INFINITY) {
-                std::fill(sr, sr + tw, 0.0f);
-                continue;
-            }
-            if (max > w.m[r]) {
-                const float f = expf(w.m[r] - max);
-                w.m[r]    = max;
-                w.l[r]   *= f;
-                w.l_z[r] *= f;
-                ggml_vec_scale_f32(p.dv, w.acc_z + r*p.dv, f);
-                ggml_vec_scale_f32(p.dv, w.acc_x + r*p.dv, f);
-            }
-            const float sum = (float) ggml_vec_soft_max_f32(tw, sr, sr, w.m[r]);
-            w.l[r] += sum;
-            if (transformed_v) {
-                w.l_z[r] += sum;
+            std::fill(bias + n, bias + tw, -INFINITY);
+            for (int r = t*a.group; r < (t + 1)*a.group; ++r) {
+                softmax(r, bias, n, tw, transformed_v);
             }
         }
 
+        has_z |= transformed_v;
         if (cells && a.bits_v) {
-            unpack_rows(a.bits_v, 0, a.cell_v(s, j0, h), a.v->nb[1], live, tw, nullptr, nullptr, p.dv, w.v);
+            unpack_rows(a.bits_v, 0, a.cell_v(s, j0, h), a.v->nb[1], live, tw, p.dv, w.x);
+            if (frame_q) {
+                mad_levels(w.s, tw, w.x, nq, tw, p.dv, w.acc_z);
+                return;
+            }
+            level_floats<0, false>(w.x, nullptr, tw, p.dv, w.v);
         } else {
             for (int j = 0; j < tw; ++j) {
                 float * vj = w.v + j*p.dv;
@@ -779,11 +871,11 @@ struct attn_worker {
             }
         }
         mad_rows(w.s, tw, w.v, nq, tw, p.dv, transformed_v ? w.acc_z : w.acc_x);
-        has_z |= transformed_v;
     }
 
     // rows [j0, j1): runs of one frame become tiles; where cells are out of order, mixed tiles
     void range(int64_t j0, int64_t j1) {
+        end = j1;
         const auto    & p    = a.p;
         const int32_t * meta = a.meta_row(s); // < 0: not in use
         while (j0 < j1) {
@@ -792,10 +884,17 @@ struct attn_worker {
                 ++j0;
                 continue;
             }
-            const int64_t end = std::min(std::min(j1, j0 < p.n_kv ? (int64_t) p.n_kv : j1), j0 + TILE);
-            int32_t origin = -1;
+            const int64_t stop = std::min(std::min(j1, j0 < p.n_kv ? (int64_t) p.n_kv : j1), j0 + TILE);
+            int32_t origin = -1, differ = 0;
             int64_t j = j0, last = j0; // last: of the rows in use
-            for (; j < end; ++j) {
+            for (int64_t i = j0; i < stop; ++i) {
+                differ |= meta[i] ^ meta[j0];
+            }
+            if (differ >> 8 == 0) { // mostly
+                j    = stop;
+                last = stop - 1;
+            }
+            for (; j < stop; ++j) {
                 if (meta[j] >= 0) {
                     if (origin >= 0 && meta[j] >> 8 != origin) {
                         break;
@@ -804,8 +903,8 @@ struct attn_worker {
                     last   = j;
                 }
             }
-            const bool one_origin = j == end || j - j0 >= MIN_RUN;
-            const int64_t n = one_origin ? j - j0 : end - j0;
+            const bool one_origin = j == stop || j - j0 >= MIN_RUN;
+            const int64_t n = one_origin ? j - j0 : stop - j0;
             tile(j0, (int) (one_origin ? last + 1 - j0 : n), one_origin);
             j0 += n;
         }
@@ -862,12 +961,12 @@ static int64_t n_chunks(const attn_view & a) {
 
 size_t ggml_seqkv_work_size(const ggml_tensor * dst, int n_tasks) {
     if (dst->op == GGML_OP_SEQKV_STORE) {
-        return store_floats(get_params(dst))*n_tasks*sizeof(float);
+        return store_floats(get_params(dst))*n_tasks*sizeof(float) + LINE;
     }
     const attn_view a(dst);
     const size_t scratch  = attn_scratch::floats(a)*n_tasks;
     const size_t partials = n_chunks(a) > 1 ? a.n_stream*a.n_tokens*a.n_head*n_chunks(a)*(a.p.dv + 2) : 0;
-    return (scratch + partials)*sizeof(float);
+    return (scratch + partials)*sizeof(float) + LINE;
 }
 
 void ggml_compute_forward_seqkv_attn(const ggml_compute_params * params, ggml_tensor * dst) {
@@ -879,7 +978,7 @@ void ggml_compute_forward_seqkv_attn(const ggml_compute_params * params, ggml_te
     const attn_view a(dst);
     const auto & p = a.p;
 
-    float * wdata = (float *) params->wdata;
+    float * wdata = scratch(params);
     const attn_scratch w(wdata + params->ith*attn_scratch::floats(a), a);
     float * partials = wdata + params->nth*attn_scratch::floats(a); // (tokens, heads, chunks, dv + 2)
 
