@@ -46,18 +46,15 @@ static inline uint32_t seqkv_peek(const seqkv_reader * r) {
 
 // the symbol has the interval [cum, cum + freq), which holds seqkv_peek()
 static inline void seqkv_take(seqkv_reader * r, uint32_t cum, uint32_t freq) {
+    static const uint8_t none[2];
     uint32_t * x = &r->x[r->turn++ % SEQKV_RANS_STATES];
-    uint32_t   y = freq*(*x >> SEQKV_RANS_BITS) + (*x & ((1u << SEQKV_RANS_BITS) - 1)) - cum;
-    if (y < SEQKV_RANS_LOW) {
-        if (r->end - r->in >= 2) {
-            y = y << 16 | seqkv_word(r->in);
-            r->in += 2;
-        } else {
-            r->error = 1;
-            y = SEQKV_RANS_LOW;
-        }
-    }
-    *x = y;
+    const uint32_t y     = freq*(*x >> SEQKV_RANS_BITS) + (*x & ((1u << SEQKV_RANS_BITS) - 1)) - cum;
+    const uint32_t refill = y < SEQKV_RANS_LOW;           // as likely as not: no branch depends on it
+    const int      empty  = r->end - r->in < 2;
+    const uint32_t word   = seqkv_word(empty ? none : r->in);
+    r->error |= (int) refill & empty;
+    r->in    += 2*(refill & !empty);
+    *x = refill ? y << 16 | word : y;
 }
 
 // Whether all was read, and the states are where the writer began: true of every stream that was written, of few others.
@@ -122,8 +119,7 @@ static inline int64_t seqkv_flush(const seqkv_writer * w, uint8_t * dst, int64_t
 
 // 2^(x/48) * s, s < 2^13, x = -288 .. 384
 static inline int32_t seqkv_exp2(int32_t s, int32_t x) {
-    const uint32_t y = (uint32_t) (x + 288);
-    return (int32_t) ((uint64_t) s*seqkv_exp2_48[y % 48] << (y/48) >> 20);
+    return (int32_t) ((uint64_t) s*seqkv_exp2_table[x + 288] >> 16);
 }
 
 // Place of an edge on the axis of the distribution, in 1/64 of its spread: (a*edge - b)/2^12, cut at 8 spreads.
@@ -149,10 +145,12 @@ static inline int seqkv_read_value(seqkv_reader * r, int32_t a, int32_t b, const
     int j = 0;
     for (int step = 1 << bits >> 1; step; step >>= 1) {
         const uint32_t cum = seqkv_cdf[seqkv_place(a, b, edge[j + step]) + 512] + (uint32_t) (j + step);
-        const int up = cum <= slot;
-        low  = up ? cum : low;
-        high = up ? high : cum;
-        j   += up ? step : 0;
+        if (cum <= slot) { // a branch: it is foreseen more often than not, and look-ups need not wait for each other
+            low = cum;
+            j  += step;
+        } else {
+            high = cum;
+        }
     }
     seqkv_take(r, low, high - low);
     return j;

@@ -19,6 +19,7 @@ SYMBOLS = 256  # of the largest alphabet: what is left for the frequency 1 that 
 SPREAD = 64  # table steps of a spread
 SLOPE = 1.7  # logistic distribution nearest to the unit Gaussian
 OCTAVE = 48  # logarithmic steps: a multiple of the 3 and 4 gain steps
+LOWEST, HIGHEST = -288, 384  # logarithms that are looked up
 PRIOR = 8  # values that the starting spread counts as
 MEAN_ABS = 48  # expected |residual| in table steps
 
@@ -42,7 +43,7 @@ def array(kind: str, name: str, items: list[int]) -> list[str]:
 
 
 def render() -> str:
-    exp2 = [round(2 ** (k / OCTAVE) * (1 << 14)) for k in range(OCTAVE)]
+    exp2 = [round(2 ** (k / OCTAVE) * (1 << 16)) for k in range(LOWEST, HIGHEST + 1)]
     top = (PRIOR * MEAN_ABS + 64 * 192) // 8 + 1
     log = [round(OCTAVE * math.log2(max(k, 1) * 8)) for k in range(top)]
     count = [round(OCTAVE * math.log2((n + PRIOR) * MEAN_ABS)) for n in range(64)]
@@ -56,8 +57,8 @@ def render() -> str:
         *array("uint16_t", "seqkv_cdf", cdf()),
         "// bits -> 2^17 seqkv_scale",
         *array("uint16_t", "seqkv_scale17", scales()),
-        f"// [k]: 2^14 * 2^(k/{OCTAVE})",
-        *array("uint16_t", "seqkv_exp2_48", exp2),
+        f"// [k - {LOWEST}]: 2^16 * 2^(k/{OCTAVE}), k up to {HIGHEST}",
+        *array("uint32_t", "seqkv_exp2_table", exp2),
         f"// [k]: {OCTAVE} log2(8 k)",
         *array("int16_t", "seqkv_log_sum", log),
         f"// [n]: {OCTAVE} log2({MEAN_ABS} (n + {PRIOR}))",
