@@ -111,6 +111,12 @@ static int64_t check(const seqkv_layer * l, const seqkv_layer * prev, const seqk
 static int k_gain(const uint8_t * row, int bits, int q) { return seqkv_k_gain(row, bits, q); }
 static int v_gain(const uint8_t * row, int bits, int q) { return seqkv_v_gain(row, bits, q); }
 
+// an expected gain in 2^-8 steps, whatever the profile says
+static int64_t expected(int32_t gain) { return seqkv_clip(gain, 0xffff); }
+
+// weight * (gain - what is expected of it), 2^-16 steps
+static int64_t term(int32_t weight, int gain, int32_t usual) { return seqkv_clip(weight, 4096)*(256*gain - expected(usual)); }
+
 // Gains of one kind of the frame, token after token: g (64, groups), filled when decoding. rows, row: those coded.
 // The expected gain is linear in the differences of its neighbours to what is expected of them without any.
 static void code_gains(coder * c, const seqkv_predictor * p, const seqkv_frame * f, int graded, int groups, int bits, const uint8_t * past,
@@ -125,13 +131,13 @@ static void code_gains(coder * c, const seqkv_predictor * p, const seqkv_frame *
         uint8_t * out = g + t*groups;
         for (int q = 0; q < groups; ++q) {
             const int32_t * k = p->gain + q*SEQKV_GAIN_TERMS;
-            int64_t mean = k[0]*(int64_t) 256; // 2^-16 gain steps
             const int before = t > 0 ? out[q - groups] : last ? gain(last, bits, q) : -1;
-            mean += before >= 0 ? k[1]*((int64_t) 256*before - k[0]) : 0;
-            mean += copy ? k[2]*((int64_t) 256*gain(copy, bits, q) - k[0])*p->copy[f->match[t]]/128 : 0;
-            mean += q >= head_groups ? k[3]*((int64_t) 256*out[q - head_groups] - p->gain[(q - head_groups)*SEQKV_GAIN_TERMS]) : 0;
-            mean += graded && q % 3 ? k[4]*((int64_t) 256*out[q - 1] - p->gain[(q - 1)*SEQKV_GAIN_TERMS]) : 0;
-            mean += prev && q < prev_groups ? k[5]*((int64_t) 256*gain(prev + t*prev_row, prev_bits, q) - k[7]) : 0;
+            int64_t mean = 256*expected(k[0]); // 2^-16 gain steps
+            mean += before >= 0 ? term(k[1], before, k[0]) : 0;
+            mean += copy ? term(k[2], gain(copy, bits, q), k[0])*p->copy[f->match[t]]/128 : 0;
+            mean += q >= head_groups ? term(k[3], out[q - head_groups], k[-head_groups*SEQKV_GAIN_TERMS]) : 0;
+            mean += graded && q % 3 ? term(k[4], out[q - 1], k[-SEQKV_GAIN_TERMS]) : 0;
+            mean += prev && q < prev_groups ? term(k[5], gain(prev + t*prev_row, prev_bits, q), k[7]) : 0;
             mean = mean < 0 ? 0 : mean > 0xffffff ? 0xffffff : mean;
             const int32_t a = seqkv_exp2(4096, 240 - seqkv_clip(k[6], 144)); // one step is 2^17
             const int32_t b = (int32_t) ((mean >> 8)*a >> 7);

@@ -8,13 +8,14 @@ its residual, which makes most weights 0, 1 or -1; coded at the cost of their fr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits
 
-from . import delta
+from . import capture, delta
 from .capture import Rows, unrotate
 from .codec import BLOCK, quantize, unpack
 from .delta import COPY_CLASSES, FRAME, GAIN_TERMS, Copies, Layer, Predictor
@@ -30,6 +31,8 @@ _STEP = 0.15
 _FAST_STEP = 0.3
 _MEAN_ABS = 0.75
 """of the distribution of residuals, in spreads (tools/make_entropy_tables.py)"""
+_REPEATS = 2
+"""windows that are a passage and its second copy"""
 _SKIP = 4
 """tokens at the beginning of a window that are like no others"""
 
@@ -42,6 +45,46 @@ class Window:
     k: list[NDArray[np.uint8]]
     """(n, row)"""
     v: list[NDArray[np.uint8]]
+
+
+def measure(
+    model: int,
+    tokens: Sequence[int],
+    designs: Sequence[LayerDesign],
+    k_bits: Mapping[int, int],
+    v_bits: Mapping[int, int],
+) -> dict[int, Layer]:
+    """Layers {index in the model: layer} with predictors for the text `tokens`.
+
+    model      a llama_model pointer
+    designs    of every layer with a seqkv cache; k_bits, v_bits: their bits. Predictors made for seqkv3 serve all types
+
+    Memory: the blocks of all tokens, twice, and one layer's inputs in f32. Raises ModelError.
+    """
+    by_layer = {d.layer: d for d in designs}
+    windows: list[Window] = []
+    rope: dict[int, tuple[NDArray[np.float64], bool]] = {}
+    now: dict[int, tuple[NDArray[np.uint8], NDArray[np.uint8]]] = {}
+    runs = [list(tokens[start : start + capture.N_WINDOW]) for start in range(0, len(tokens), capture.N_WINDOW)]
+    # a passage and its second copy, from different places of the text
+    half = capture.N_WINDOW // 2
+    runs += [list(run[:half]) * 2 for run in runs[:: max(1, len(runs) // max(1, _REPEATS))] if len(run) >= half][:_REPEATS]
+    runs = [run for run in runs if len(run) > FRAME]
+
+    def on_layer(rows: Rows) -> None:
+        design = by_layer[rows.layer]
+        rope[rows.layer] = (rows.freq, rows.neox)
+        now[rows.layer] = blocks(rows, design, k_bits[rows.layer], v_bits[rows.layer])
+        if len(now) == len(by_layer):
+            kept = [now[il] for il in sorted(now)]
+            windows.append(Window(np.array(runs[len(windows)]), [k for k, _ in kept], [v for _, v in kept]))
+            now.clear()
+
+    with threadpool_limits(1):  # as in calibrate.measure
+        capture.capture(model, runs, on_layer, title="predictors of this model (once)")
+    order = sorted(by_layer)
+    made = fit(windows, [by_layer[il] for il in order], [rope[il] for il in order], [k_bits[il] for il in order], [v_bits[il] for il in order])
+    return dict(zip(order, made))
 
 
 def blocks(rows: Rows, design: LayerDesign, k_bits: int, v_bits: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:

@@ -1,0 +1,274 @@
+"""The lossless coder of blocks: what goes in comes out, on any input; what does not belong is refused; what it is worth."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import shutil
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from seqkv_edge import SeqkvError, codec, delta
+from seqkv_edge.delta import COPY_CLASSES, FRAME, GAIN_TERMS, MATCHES, Coder, Copies, Frame, Layer, Predictor, Rows
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def integers(seed: int, low: int, high: int, *shape: int) -> np.ndarray:
+    """The same on every machine: low..high-1 from a linear congruential generator (Numerical Recipes)."""
+    n = int(np.prod(shape))
+    state, out = seed & 0xFFFFFFFF, np.empty(n, np.int64)
+    for i in range(n):
+        state = (state * 1664525 + 1013904223) & 0xFFFFFFFF
+        out[i] = low + (state >> 8) % (high - low)
+    return out.reshape(shape)
+
+
+def make_layer(seed: int, heads: int, dk: int, dv: int, n_rot: int, neox: bool, prev: Layer | None, *, rng: bool = True) -> Layer:
+    """A layer with transforms and predictors of no meaning."""
+    r = np.random.RandomState(seed)
+    draw = (lambda low, high, *shape: r.randint(low, high, shape)) if rng else lambda low, high, *shape: integers(seed, low, high, *shape)
+    enc = (draw(-128, 128, heads, dk, dk) / 256 + 8 * np.eye(dk)).astype(np.float16)
+    angle = np.arange(FRAME)[:, None] / (1.0 + np.arange(n_rot // 2))
+    rope = np.rint(np.stack([np.cos(angle), np.sin(angle)], axis=-1).reshape(FRAME, n_rot) * 16384).astype(np.int16)
+    layer = delta.make_layer(enc, dv, rope, neox, draw(100, 150, heads).astype(np.uint8))
+
+    def predictor(n: int, inputs: int, groups: int) -> Predictor:
+        gain = draw(-100, 100, groups, GAIN_TERMS).astype(np.int32)
+        gain[:, 0] = draw(2000, 4000, groups)
+        return Predictor(
+            draw(-3, 4, n, inputs).astype(np.int8) if inputs else None, draw(0, 3000, n).astype(np.uint16),
+            draw(90, 160, n).astype(np.uint8), draw(0, 129, COPY_CLASSES).astype(np.uint8), draw(-30, 30, COPY_CLASSES).astype(np.int8), gain,
+        )  # fmt: skip
+
+    n_prev = prev.n_k + prev.n_v if prev else 0
+    k_groups, v_groups = layer.n_k // 64 * 3, layer.n_v // 64
+    levels = {}
+    for level, past in (("fast", 0), ("small", n_prev)):
+        levels[level] = (predictor(layer.n_k, past, k_groups), predictor(layer.n_v, past + layer.n_k, v_groups))
+    return replace(layer, predictors=levels)
+
+
+def make_rows(seed: int, coder: Coder, n: int, *, rng: bool = True) -> Rows:
+    """Random bytes as blocks, the reserved bit of keys clear."""
+    r = np.random.RandomState(seed)
+    k, v = [], []
+    for i, (layer, kb, vb) in enumerate(zip(coder.layers, coder.k_bits, coder.v_bits)):
+        for out, width, salt in zip((k, v), layer.rows(kb, vb), (0, 1)):
+            draw = r.randint(0, 256, (n, width)) if rng else integers(seed + 2 * i + salt, 0, 256, n, width)
+            out.append(draw.astype(np.uint8))
+        k[-1].reshape(-1, codec.block_bytes(kb, graded=True))[:, 1] &= 0x7F
+    return Rows(k, v)
+
+
+def empty(rows: Rows) -> Rows:
+    return Rows([np.zeros_like(a) for a in rows.k], [np.zeros_like(a) for a in rows.v])
+
+
+def equal(a: Rows, b: Rows) -> bool:
+    return all(np.array_equal(x, y) for x, y in zip([*a.k, *a.v], [*b.k, *b.v]))
+
+
+def frames_of(tokens: list[int], offset: np.ndarray | None = None) -> list[Frame]:
+    copies, out = Copies(), []
+    offset = (np.arange(len(tokens)) % FRAME).astype(np.uint8) if offset is None else offset
+    for start in range(0, len(tokens), FRAME):
+        source, match = copies.add(tokens[start : start + FRAME])
+        out.append(Frame(start, offset[: start + len(source)].copy(), source, match))
+    return out
+
+
+def small_coder(seed: int = 1, *, rng: bool = True) -> Coder:
+    layers: list[Layer] = []
+    for i in range(3):
+        layers.append(make_layer(seed + i, 2, 64, 64, 64, False, layers[-1] if layers else None, rng=rng))
+    return Coder(layers, (3, 2, 4), (3, 4, 1))
+
+
+# -- tables
+
+
+def test_tables_are_what_their_script_writes() -> None:
+    spec = importlib.util.spec_from_file_location("make_entropy_tables", ROOT / "tools" / "make_entropy_tables.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.render() == (ROOT / "native" / "entropy_tables.h").read_text()
+
+
+# -- round trips
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    st.integers(0, 2**31), st.integers(1, 3), st.sampled_from([64, 128]), st.sampled_from([64, 128]), st.sampled_from([0, 32, 64]),
+    st.booleans(), st.lists(st.tuples(st.integers(1, 4), st.integers(1, 4)), min_size=2, max_size=2), st.integers(1, 140), st.integers(2, 9),
+)  # fmt: skip
+def test_any_blocks_come_back(seed, heads, dk, dv, n_rot, neox, bits, n, vocabulary) -> None:
+    first = make_layer(seed, heads, dk, dv, n_rot, neox, None)
+    coder = Coder([first, make_layer(seed + 1, heads, dk, dv, n_rot, neox, first)], [b[0] for b in bits], [b[1] for b in bits])
+    rows = make_rows(seed, coder, n)
+    r = np.random.RandomState(seed)
+    frames = frames_of(r.randint(0, vocabulary, n).tolist(), r.randint(0, 64, n).astype(np.uint8))
+    for level in delta.LEVELS:
+        data = [coder.encode(level, frame, rows) for frame in frames]
+        back = empty(rows)
+        coder.decode_path(data, frames, back, threads=2)
+        assert equal(rows, back)
+        again = empty(rows)
+        for d, frame in zip(data, frames):
+            coder.decode(d, frame, again)
+        assert equal(rows, again)
+
+
+def test_head_dims_of_256_and_layers_of_other_shapes() -> None:
+    a = make_layer(1, 1, 256, 128, 128, True, None)
+    b = make_layer(2, 2, 64, 256, 0, False, a)
+    coder = Coder([a, b], (1, 4), (2, 3))
+    rows, frames = make_rows(3, coder, 70), frames_of(list(range(35)) * 2)
+    back = empty(rows)
+    coder.decode_path([coder.encode("small", f, rows) for f in frames], frames, back)
+    assert equal(rows, back)
+
+
+def test_golden_bytes() -> None:
+    """The bytes of the format, on every machine: integers from a generator of our own, no library's floats but E's inverse."""
+    coder = small_coder(rng=False)
+    rows, frames = make_rows(9, coder, 70, rng=False), frames_of(integers(4, 0, 5, 70).tolist())
+    found = {level: hashlib.sha256(b"".join(coder.encode(level, f, rows) for f in frames)).hexdigest() for level in delta.LEVELS}
+    found["transform"] = hashlib.sha256(b"".join(x.k_encode.tobytes() + x.k_decode.tobytes() for x in coder.layers)).hexdigest()
+    golden = dict(line.split() for line in (ROOT / "tests" / "golden" / "delta.txt").read_text().splitlines())
+    assert found == golden
+
+
+def test_blocks_with_the_reserved_bit_are_refused() -> None:
+    coder = small_coder()
+    rows, frames = make_rows(1, coder, 3), frames_of([1, 2, 3])
+    rows.k[1][2, 1] |= 0x80
+    with pytest.raises(SeqkvError):
+        coder.encode("fast", frames[0], rows)
+
+
+# -- damage
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.data())
+def test_damaged_bytes_are_refused_or_seen_in_the_blocks(data) -> None:
+    coder = small_coder()
+    rows, frames = make_rows(1, coder, 5), frames_of([1, 2, 3, 1, 2])
+    coded = bytearray(coder.encode(data.draw(st.sampled_from(delta.LEVELS)), frames[0], rows))
+    kind = data.draw(st.integers(0, 2))
+    if kind == 0:
+        coded[data.draw(st.integers(0, len(coded) - 1))] ^= data.draw(st.integers(1, 255))
+    elif kind == 1:
+        del coded[data.draw(st.integers(0, len(coded) - 1)) :]
+    else:
+        coded += data.draw(st.binary(min_size=1, max_size=5))
+    back = empty(rows)
+    try:
+        coder.decode(bytes(coded), frames[0], back)
+    except SeqkvError:
+        return
+    assert not equal(rows, back)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.binary(max_size=600), st.integers(1, 5))
+def test_any_bytes_may_be_decoded(data, n) -> None:
+    coder, frame = small_coder(), frames_of([1] * n)[0]
+    rows = make_rows(1, coder, n)
+    for i in range(3):
+        with pytest.raises(SeqkvError):
+            coder.decode_layer("small", i, frame, rows, data)
+
+
+def test_contexts_that_cannot_be_are_refused() -> None:
+    coder = small_coder()
+    rows, frame = make_rows(1, coder, 70), frames_of([1, 2, 3] * 23 + [1])[1]
+    data = coder.encode("fast", frame, rows)
+    for wrong in (
+        {"source": np.full_like(frame.source, 64), "match": np.ones_like(frame.match)},
+        {"source": np.full_like(frame.source, -1), "match": np.ones_like(frame.match)},
+        {"match": np.full_like(frame.match, 7)},
+        {"offset": np.full_like(frame.offset, 64)},
+    ):
+        with pytest.raises(SeqkvError):
+            coder.decode(data, replace(frame, **wrong), empty(rows))
+    with pytest.raises(SeqkvError):
+        coder.decode(data, frame, Rows([a[:69] for a in rows.k], rows.v))
+    with pytest.raises(SeqkvError):
+        Frame(0, np.zeros(3, np.uint8), np.zeros(2, np.int32), np.zeros(2, np.uint8))
+
+
+def test_an_error_ends_all_threads() -> None:
+    coder = small_coder()
+    rows, frames = make_rows(1, coder, 300), frames_of([1, 2, 3] * 100)
+    data = [coder.encode("small", f, rows) for f in frames]
+    data[1] = data[1][:-1] + bytes([data[1][-1] ^ 255])
+    with pytest.raises(SeqkvError):
+        coder.decode_path(data, frames, empty(rows), threads=3)
+
+
+# -- parts
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.lists(st.integers(-127, 127), min_size=1, max_size=400), st.binary(max_size=300))
+def test_weights_come_back(weights, noise) -> None:
+    w = np.array(weights, np.int8)
+    data = delta.weights_to_bytes(w)
+    assert np.array_equal(delta.weights_from_bytes(data, w.shape), w)
+    for hostile in (noise, data[:-2].tobytes(), data.tobytes() + b"\0\0"):
+        with pytest.raises(SeqkvError):
+            delta.weights_from_bytes(np.frombuffer(hostile, np.uint8), w.shape)
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=300))
+def test_copies_are_the_longest_matches(tokens) -> None:
+    frames = frames_of(tokens)
+    for frame in frames:
+        for i in range(len(frame.source)):
+            t = frame.start + i
+            longest = {}
+            for s in range(frame.start):
+                m = 0
+                while m < MATCHES[-1] and m <= s and tokens[s - m] == tokens[t - m]:
+                    m += 1
+                longest[s] = sum(m >= x for x in MATCHES)
+            best = max(longest.values(), default=0)
+            assert frame.match[i] == best
+            assert best == 0 or frame.source[i] == max(s for s, c in longest.items() if c == best)
+
+
+@pytest.mark.parametrize("neox", [False, True])
+def test_transforms_are_each_others_inverses(neox: bool) -> None:
+    r = np.random.RandomState(3)
+    layer = delta.make_layer(r.standard_normal((2, 64, 64)).astype(np.float16), 64, delta.rope_table(0.3 ** np.arange(16)), neox, np.full(2, 128))
+    for h in range(2):
+        product = layer.k_encode[h] / 2.0 ** layer.k_shift[h] @ (layer.k_decode[h] / 8192.0)
+        assert np.abs(product - np.eye(64)).max() < 0.05
+    with pytest.raises(SeqkvError):
+        delta.make_layer(np.zeros((1, 64, 64)), 64, delta.rope_table(np.ones(4)), neox, np.full(1, 128))
+
+
+def test_a_frame_of_the_fuzzer(tmp_path: Path) -> None:
+    """tests/fuzz/delta.c with the sanitizers, on a few pseudorandom inputs."""
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    if compiler is None:
+        pytest.skip("no C compiler")
+    sources = [ROOT / "native" / f"{name}.c" for name in ("delta", "predict", "entropy", "quantize", "transform")]
+    program = tmp_path / "fuzz"
+    flags = ["-std=c11", "-g", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-DSTANDALONE"]
+    command = [compiler, *flags, f"-I{ROOT / 'native'}", str(ROOT / "tests" / "fuzz" / "delta.c"), *map(str, sources), "-lm", "-o", str(program)]
+    if subprocess.run(command, capture_output=True).returncode != 0:
+        pytest.skip("the compiler has no sanitizers")
+    done = subprocess.run([str(program), "60"], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
