@@ -30,7 +30,9 @@ typedef struct {
     int16_t  * in;      // (64, n_in + n_head*dk) inputs of every token
     int16_t  * x;       // (64, n_head*dk) predicted x
     int16_t  * z;       // (64, n_head*max(dk, dv)) predicted z
-    int16_t  * copy;    // (n_head*max(dk, dv)) of one token
+    int16_t  * copy_in; // (64, n_in + n_head*dk) inputs of the tokens that are copied
+    int16_t  * own;     // (64, n_head*max(dk, dv)) what is predicted of these
+    int16_t  * copy;    // (n_head*dv) of one token
     uint32_t * symbols;
     int        n_prev;  // inputs that the previous layer gives
     int        n_k, n_v; // values in a row
@@ -58,13 +60,15 @@ static int64_t layout(const seqkv_layer * l, const seqkv_layer * prev, uint8_t *
     }
     const int64_t widest = ws->n_k > ws->n_v ? ws->n_k : ws->n_v;
     const int64_t in = SEQKV_FRAME*(int64_t) (ws->n_prev + ws->n_k), x = SEQKV_FRAME*(int64_t) ws->n_k, z = SEQKV_FRAME*widest;
-    const int64_t values = in + x + z + widest; // a multiple of 4
+    const int64_t values = 2*in + x + 2*z + ws->n_v; // a multiple of 4
     if (work) {
         ws->in      = (int16_t *) work;
         ws->x       = ws->in + in;
         ws->z       = ws->x + x;
-        ws->copy    = ws->z + z;
-        ws->symbols = (uint32_t *) (ws->copy + widest);
+        ws->copy_in = ws->z + z;
+        ws->own     = ws->copy_in + in;
+        ws->copy    = ws->own + z;
+        ws->symbols = (uint32_t *) (ws->copy + ws->n_v);
     }
     return values*(int64_t) sizeof(int16_t) + symbols_of(l, SEQKV_FRAME)*(int64_t) sizeof(uint32_t);
 }
@@ -265,10 +269,10 @@ static void code_rows(coder * c, const seqkv_layer * l, const seqkv_predictor * 
     }
 }
 
-// share of the copy: p + share*(c - p)
-static void mix(int16_t * p, const int16_t * c, int n, int share) {
+// p[n], corrected by the copy c and what is predicted of it, own: p + share*(c - p) + error*(c - own)
+static void mix(int16_t * p, const int16_t * c, const int16_t * own, int n, int share, int error) {
     for (int i = 0; i < n; ++i) {
-        p[i] = (int16_t) (p[i] + ((share*(c[i] - p[i]) + 64) >> 7));
+        p[i] = (int16_t) seqkv_clip(p[i] + ((share*(c[i] - p[i]) + error*(c[i] - own[i]) + 64) >> 7), SEQKV_MAX_VALUE);
     }
 }
 
@@ -279,43 +283,61 @@ static void code(coder * c, const seqkv_layer * l, const seqkv_layer * prev, con
     const int64_t v_row = l->n_head*(l->dv/SEQKV_BLOCK)*seqkv_block_bytes(f->v_bits, 0);
     const int64_t prev_k_row = prev ? prev->n_head*(prev->dk/SEQKV_BLOCK)*seqkv_block_bytes(f->prev_k_bits, 1) : 0;
     const int64_t prev_v_row = prev ? prev->n_head*(prev->dv/SEQKV_BLOCK)*seqkv_block_bytes(f->prev_v_bits, 0) : 0;
+    const uint8_t * prev_k = prev ? f->prev_k + f->n_past*prev_k_row : NULL, * prev_v = prev ? f->prev_v + f->n_past*prev_v_row : NULL;
     const uint8_t * offset = f->offset + f->n_past;
     uint8_t g[SEQKV_FRAME*64*4*3];
     coder_init(c);
-    for (int t = 0; prev && t < f->n; ++t) {
+
+    // inputs: of the tokens, and of those they copy, one after the other
+    int copied = 0;
+    for (int t = 0; t < f->n; ++t) {
         int16_t * in = ws->in + t*stride;
-        seqkv_key_inputs(prev, f->prev_k_bits, f->prev_k + t*prev_k_row, offset[t], in);
-        seqkv_value_inputs(prev, f->prev_v_bits, f->prev_v + t*prev_v_row, in + prev->n_head*prev->dk);
+        if (prev) {
+            seqkv_key_inputs(prev, f->prev_k_bits, prev_k + t*prev_k_row, offset[t], in);
+            seqkv_value_inputs(prev, f->prev_v_bits, prev_v + t*prev_v_row, in + prev->n_head*prev->dk);
+        }
+        if (f->match[t]) {
+            const int64_t s = f->source[t];
+            in = ws->copy_in + copied++*stride;
+            if (prev) {
+                seqkv_key_inputs(prev, f->prev_k_bits, f->prev_k + s*prev_k_row, f->offset[s], in);
+                seqkv_value_inputs(prev, f->prev_v_bits, f->prev_v + s*prev_v_row, in + prev->n_head*prev->dk);
+            }
+            seqkv_key_inputs(l, f->k_bits, f->k_past + s*k_row, f->offset[s], in + ws->n_prev);
+        }
     }
 
-    code_gains(c, pk, f, 1, seqkv_k_groups(l), f->k_bits, f->k_past, k_row, k, prev ? f->prev_k : NULL, f->prev_k_bits, prev_k_row,
+    code_gains(c, pk, f, 1, seqkv_k_groups(l), f->k_bits, f->k_past, k_row, k, prev_k, f->prev_k_bits, prev_k_row,
                prev ? seqkv_k_groups(prev) : 0, l, g);
-    seqkv_predict(pk, ws->in, stride, ws->n_prev, f->n, ws->x, n_k);
-    for (int t = 0; t < f->n; ++t) {
-        int16_t * x = ws->x + t*n_k;
-        if (pk->copy[f->match[t]] && f->match[t]) {
-            seqkv_key_inputs(l, f->k_bits, f->k_past + f->source[t]*k_row, f->offset[f->source[t]], ws->copy);
-            mix(x, ws->copy, n_k, pk->copy[f->match[t]]);
-        } else if (!pk->weight || ws->n_prev == 0) {
-            memset(ws->z + t*n_k, 0, n_k*sizeof(int16_t));
-            continue;
+    seqkv_predict(pk, ws->in,      stride, ws->n_prev, f->n,   ws->x,   n_k);
+    seqkv_predict(pk, ws->copy_in, stride, ws->n_prev, copied, ws->own, n_k);
+    for (int t = 0, j = 0; t < f->n; ++t) {
+        const int match = f->match[t];
+        if (match) {
+            mix(ws->x + t*n_k, ws->copy_in + j*stride + ws->n_prev, ws->own + j*n_k, n_k, pk->copy[match], pk->copy_error[match]);
+            ++j;
         }
-        seqkv_key_values(l, x, offset[t], ws->z + t*n_k);
+        if (match || (pk->weight && ws->n_prev)) {
+            seqkv_key_values(l, ws->x + t*n_k, offset[t], ws->z + t*n_k);
+        } else {
+            memset(ws->z + t*n_k, 0, n_k*sizeof(int16_t));
+        }
     }
     code_rows(c, l, pk, f, 1, f->k_bits, k, g, ws->z);
 
-    if (pv->weight) {
-        for (int t = 0; t < f->n; ++t) {
-            seqkv_key_inputs(l, f->k_bits, k + t*k_row, offset[t], ws->in + t*stride + ws->n_prev);
-        }
+    for (int t = 0; t < f->n && pv->weight; ++t) {
+        seqkv_key_inputs(l, f->k_bits, k + t*k_row, offset[t], ws->in + t*stride + ws->n_prev);
     }
-    code_gains(c, pv, f, 0, seqkv_v_groups(l), f->v_bits, f->v_past, v_row, v, prev ? f->prev_v : NULL, f->prev_v_bits, prev_v_row,
+    code_gains(c, pv, f, 0, seqkv_v_groups(l), f->v_bits, f->v_past, v_row, v, prev_v, f->prev_v_bits, prev_v_row,
                prev ? seqkv_v_groups(prev) : 0, l, g);
-    seqkv_predict(pv, ws->in, stride, stride, f->n, ws->z, n_v);
-    for (int t = 0; t < f->n; ++t) {
-        if (pv->copy[f->match[t]] && f->match[t]) {
+    seqkv_predict(pv, ws->in,      stride, stride, f->n,   ws->z,   n_v);
+    seqkv_predict(pv, ws->copy_in, stride, stride, copied, ws->own, n_v);
+    for (int t = 0, j = 0; t < f->n; ++t) {
+        const int match = f->match[t];
+        if (match) {
             seqkv_value_inputs(l, f->v_bits, f->v_past + f->source[t]*v_row, ws->copy);
-            mix(ws->z + t*n_v, ws->copy, n_v, pv->copy[f->match[t]]);
+            mix(ws->z + t*n_v, ws->copy, ws->own + j*n_v, n_v, pv->copy[match], pv->copy_error[match]);
+            ++j;
         }
     }
     code_rows(c, l, pv, f, 0, f->v_bits, v, g, ws->z);

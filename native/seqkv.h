@@ -111,6 +111,7 @@ typedef struct {
     const uint16_t * step;        // (n) 2^-16: prediction = step * <weight, inputs>
     const uint8_t  * spread;      // (n) of z around its prediction at gain 1: 2^((spread - 128)/16)
     const uint8_t  * copy;        // (SEQKV_COPY_CLASSES) 2^-7: share of the copy, 0..128
+    const int8_t   * copy_error;  // (SEQKV_COPY_CLASSES) 2^-7: share of what the prediction missed at the copy
     const int8_t   * copy_spread; // (SEQKV_COPY_CLASSES) added to spread
     const int32_t  * gain;        // (groups of a row, SEQKV_GAIN_TERMS), see format.md
 } seqkv_predictor;
@@ -124,7 +125,7 @@ typedef struct {
     const int32_t * source;       // (n) token copied from, 0..n_past-1; not read where match is 0
     const uint8_t * match;        // (n) class of the copy
     const uint8_t * k_past, * v_past; // (n_past, row) of this layer
-    const uint8_t * prev_k, * prev_v; // (n, row) of the previous layer, in this frame
+    const uint8_t * prev_k, * prev_v; // (n_past + n, row) of the previous layer
 } seqkv_frame;
 
 // The transforms of a head: enc (n, n) = E -> k_encode, k_decode, k_shift. work: 2*n*n doubles.

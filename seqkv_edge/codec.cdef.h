@@ -36,6 +36,7 @@ typedef struct {
     const uint16_t * step;
     const uint8_t  * spread;
     const uint8_t  * copy;
+    const int8_t   * copy_error;
     const int8_t   * copy_spread;
     const int32_t  * gain;
 } seqkv_predictor;

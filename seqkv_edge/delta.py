@@ -50,6 +50,8 @@ class Predictor:
     """(n,)"""
     copy: Bytes
     """(COPY_CLASSES,)"""
+    copy_error: NDArray[np.int8]
+    """(COPY_CLASSES,)"""
     copy_spread: NDArray[np.int8]
     """(COPY_CLASSES,)"""
     gain: NDArray[np.int32]
@@ -207,7 +209,7 @@ class Coder:
     def _struct(p: Predictor) -> Any:
         return ffi.new("seqkv_predictor *", {
             "weight": _ptr(p.weight, "int8_t *"), "step": _ptr(p.step, "uint16_t *"), "spread": _ptr(p.spread, "uint8_t *"),
-            "copy": _ptr(p.copy, "uint8_t *"), "copy_spread": _ptr(p.copy_spread, "int8_t *"), "gain": _ptr(p.gain, "int32_t *"),
+            "copy": _ptr(p.copy, "uint8_t *"), "copy_error": _ptr(p.copy_error, "int8_t *"), "copy_spread": _ptr(p.copy_spread, "int8_t *"), "gain": _ptr(p.gain, "int32_t *"),
         })  # fmt: skip
 
     def _prev(self, level: str, i: int) -> Any:
@@ -231,13 +233,12 @@ class Coder:
             for array, row in zip((rows.k[j], rows.v[j]), self.layers[j].rows(self.k_bits[j], self.v_bits[j])):
                 if array.dtype != np.uint8 or array.ndim != 2 or array.shape[1] != row or len(array) < end or not array.flags.c_contiguous:
                     raise SeqkvError(f"delta: rows {array.shape} of layer {j}, not {end} of {row} bytes")
-        prev = [rows.k[before][start:end], rows.v[before][start:end]]
         return ffi.new("seqkv_frame *", {
             "n_past": start, "n": end - start, "k_bits": self.k_bits[i], "v_bits": self.v_bits[i],
             "prev_k_bits": self.k_bits[before], "prev_v_bits": self.v_bits[before],
             "offset": _ptr(frame.offset, "uint8_t *"), "source": _ptr(frame.source, "int32_t *"), "match": _ptr(frame.match, "uint8_t *"),
             "k_past": _ptr(rows.k[i], "uint8_t *"), "v_past": _ptr(rows.v[i], "uint8_t *"),
-            "prev_k": _ptr(prev[0], "uint8_t *"), "prev_v": _ptr(prev[1], "uint8_t *"),
+            "prev_k": _ptr(rows.k[before], "uint8_t *"), "prev_v": _ptr(rows.v[before], "uint8_t *"),
         }), rows.k[i][start:end], rows.v[i][start:end]  # fmt: skip
 
     def encode_layer(self, level: Level, i: int, frame: Frame, rows: Rows) -> bytes:
@@ -365,7 +366,7 @@ def tensors(layers: Mapping[int, Layer]) -> dict[str, NDArray]:
                 out[f"blk.{il}.delta_{name}"] = weights_to_bytes(p.weight).view(np.int8)
         out[f"blk.{il}.delta_step"] = np.concatenate([p.step for p in four]).view(np.int16)
         out[f"blk.{il}.delta_spread"] = np.concatenate([p.spread for p in four]).view(np.int8)
-        out[f"blk.{il}.delta_copy"] = np.concatenate([np.stack([p.copy.view(np.int8), p.copy_spread]) for p in four])
+        out[f"blk.{il}.delta_copy"] = np.concatenate([np.stack([p.copy.view(np.int8), p.copy_error, p.copy_spread]) for p in four])
         out[f"blk.{il}.delta_gain"] = np.concatenate([p.gain for p in four])
     return out
 
@@ -429,7 +430,7 @@ def _read_layer(tensor: Any, il: int, enc: NDArray, dv: int, prev: Layer | None,
     inputs = (0, n_k, n_prev, n_prev + n_k)
     step = np.split(tensor(f"blk.{il}.delta_step", (sum(sizes),)).view(np.uint16), np.cumsum(sizes)[:-1])
     spread = np.split(tensor(f"blk.{il}.delta_spread", (sum(sizes),)).view(np.uint8), np.cumsum(sizes)[:-1])
-    copy = tensor(f"blk.{il}.delta_copy", (8, COPY_CLASSES))
+    copy = tensor(f"blk.{il}.delta_copy", (12, COPY_CLASSES))
     gain = np.split(tensor(f"blk.{il}.delta_gain", (sum(groups), GAIN_TERMS)), np.cumsum(groups)[:-1])
     if step[0].dtype != np.uint16 or spread[0].dtype != np.uint8 or copy.dtype != np.int8 or gain[0].dtype != np.int32:
         raise ProfileError(f"the predictors of layer {il} have other types")
@@ -441,6 +442,7 @@ def _read_layer(tensor: Any, il: int, enc: NDArray, dv: int, prev: Layer | None,
                 weight = weights_from_bytes(tensor(f"blk.{il}.delta_{kind}").view(np.uint8), (sizes[j], inputs[j]))
             except SeqkvError as error:
                 raise ProfileError(f"the weights of layer {il} are damaged: {error}") from None
-        shares = np.minimum(copy[2 * j].view(np.uint8), 128)
-        four.append(Predictor(weight, *map(np.ascontiguousarray, (step[j], spread[j], shares, copy[2 * j + 1], gain[j]))))
+        shares = np.minimum(copy[3 * j].view(np.uint8), 128)
+        rest = (step[j], spread[j], shares, copy[3 * j + 1], copy[3 * j + 2], gain[j])
+        four.append(Predictor(weight, *map(np.ascontiguousarray, rest)))
     return replace(layer, predictors={"fast": (four[0], four[1]), "small": (four[2], four[3])})

@@ -26,9 +26,9 @@ Floats = NDArray[np.float32]
 _UNIT = 128.0
 _RIDGE = 0.03
 """of the inputs' mean square"""
-_STEP = 0.15
+_STEP = 0.165
 """of the residual's root mean square"""
-_FAST_STEP = 0.3
+_FAST_STEP = 0.35
 _MEAN_ABS = 0.75
 """of the distribution of residuals, in spreads (tools/make_entropy_tables.py)"""
 _REPEATS = 2
@@ -69,7 +69,7 @@ def measure(
     # a passage and its second copy, from different places of the text
     half = capture.N_WINDOW // 2
     runs += [list(run[:half]) * 2 for run in runs[:: max(1, len(runs) // max(1, _REPEATS))] if len(run) >= half][:_REPEATS]
-    runs = [run for run in runs if len(run) > FRAME]
+    runs = [run for run in runs if len(run) > FRAME] or runs[:1]
 
     def on_layer(rows: Rows) -> None:
         design = by_layer[rows.layer]
@@ -259,19 +259,24 @@ def _predictor(
     residual = (target - predicted) * scale
     towards = (target[data.source] - predicted) * scale
     weigh = 1.0 / np.maximum(np.mean(np.abs(residual[data.use]), axis=0), 1e-6)
-    share, spread = np.zeros(COPY_CLASSES), np.zeros(COPY_CLASSES)
+    error = residual[data.source] / scale[data.source] * scale  # what was missed there, on the scale of here
+    shares, spread = np.zeros((COPY_CLASSES, 2)), np.zeros(COPY_CLASSES)
     for c in range(1, COPY_CLASSES):
         w = data.use & (data.match == c)
         if w.sum() < 16:
-            share[c] = share[c - 1]
+            shares[c] = shares[c - 1]
             continue
-        a, b = towards[w] * weigh, residual[w] * weigh
-        limit = 3.0 * np.mean(np.abs(b)) + 1e-9  # outliers are cut, not believed
-        a, b = np.clip(a, -3 * limit, 3 * limit), np.clip(b, -3 * limit, 3 * limit)
-        share[c] = np.clip(np.sum(a * b) / max(np.sum(a * a), 1e-9), 0.0, 1.0)
-    shares = np.rint(share * 128).astype(np.uint8)
-    shares[0] = 0
-    after = residual - towards * (shares / 128.0).astype(np.float32)[data.match][:, None]
+        limit = 9.0 / weigh  # outliers are cut, not believed
+        a, e, b = (np.clip(y[w], -limit, limit) * weigh for y in (towards, error, residual))
+        terms = np.stack([a.ravel(), e.ravel()]).astype(np.float64)
+        if fitted is None:
+            terms = terms[:1]  # the same twice
+        gram = terms @ terms.T
+        shares[c, : len(terms)] = np.linalg.solve(gram + 1e-3 * np.trace(gram) * np.eye(len(terms)), terms @ b.ravel())
+    share = np.rint(np.clip(shares[:, 0], 0, 1) * 128).astype(np.uint8)
+    copy_error = np.rint(np.clip(shares[:, 1], -0.99, 0.99) * 128).astype(np.int8)
+    after = residual - towards * (share / 128.0).astype(np.float32)[data.match][:, None]
+    after -= error * (copy_error / 128.0).astype(np.float32)[data.match][:, None]
     size = np.abs(after)
     base = np.maximum(np.mean(size[data.use & (data.match == 0)], axis=0), 1e-6)
     for _ in range(2):
@@ -284,7 +289,8 @@ def _predictor(
     spreads = np.clip(np.rint(16 * np.log2(base / _MEAN_ABS)) + 128, 0, 255).astype(np.uint8)
     copy_spread = np.clip(np.rint(16 * spread), -127, 127).astype(np.int8)
     weight, step = fitted if fitted is not None else (None, np.zeros(n, np.uint16))
-    return Predictor(weight, step, spreads, shares, copy_spread, _gains(gain, prev_gain, data, shares, head_groups, graded))
+    gains = _gains(gain, prev_gain, data, share, head_groups, graded)
+    return Predictor(weight, step, spreads, share, copy_error, copy_spread, gains)
 
 
 def _gains(

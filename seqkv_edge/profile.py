@@ -171,6 +171,26 @@ class Measured:
     """as in `ProfileInfo`; empty: not measured"""
 
 
+def read_designs(path: Path) -> tuple[list[LayerDesign], tuple[dict[int, int], dict[int, int]]]:
+    """What a profile says of every layer, and the layers' bits of keys and values for seqkv3. Raises ProfileError."""
+    from gguf import GGUFReader
+
+    info = read_info(path)
+    reader = GGUFReader(path)
+    found = {t.name: np.array(t.data) for t in reader.tensors}
+    nan = float("nan")
+    try:
+        designs = [
+            LayerDesign(il, *(found[f"blk.{il}.{name}"] for name in ("k_mean", "k_encode", "v_mean", "v_scale")), nan, nan)
+            for il in range(info.n_layer) if f"blk.{il}.k_encode" in found
+        ]  # fmt: skip
+        bits = [reader.fields[f"seqkv.profile.seqkv3.{kind}_bits"].contents() for kind in ("k", "v")]
+        keys, values = ({d.layer: int(of[d.layer]) for d in designs} for of in bits)
+    except (KeyError, IndexError) as error:
+        raise ProfileError(f"{path} is damaged: {error} is missing") from None
+    return designs, (keys, values)
+
+
 def add_predictors(path: Path, layers: Mapping[int, delta.Layer]) -> None:
     """Rewrite a profile with the predictors of the lossless coder (native/format.md), in place of those that it may have.
 

@@ -45,7 +45,8 @@ def make_layer(seed: int, heads: int, dk: int, dv: int, n_rot: int, neox: bool, 
         gain[:, 0] = draw(2000, 4000, groups)
         return Predictor(
             draw(-3, 4, n, inputs).astype(np.int8) if inputs else None, draw(0, 3000, n).astype(np.uint16),
-            draw(90, 160, n).astype(np.uint8), draw(0, 129, COPY_CLASSES).astype(np.uint8), draw(-30, 30, COPY_CLASSES).astype(np.int8), gain,
+            draw(90, 160, n).astype(np.uint8), draw(0, 129, COPY_CLASSES).astype(np.uint8),
+            draw(-128, 128, COPY_CLASSES).astype(np.int8), draw(-30, 30, COPY_CLASSES).astype(np.int8), gain,
         )  # fmt: skip
 
     n_prev = prev.n_k + prev.n_v if prev else 0

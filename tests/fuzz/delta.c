@@ -113,6 +113,7 @@ static seqkv_predictor make_predictor(source * s, int n, int inputs, int groups)
     p.step        = fill(s, n*sizeof(uint16_t));
     p.spread      = fill(s, n);
     p.copy        = copy;
+    p.copy_error  = fill(s, SEQKV_COPY_CLASSES);
     p.copy_spread = fill(s, SEQKV_COPY_CLASSES);
     p.gain        = fill(s, groups*SEQKV_GAIN_TERMS*sizeof(int32_t)); // any numbers: nothing may overflow
     if (byte(s) % 2) {
@@ -128,6 +129,7 @@ static void free_predictor(seqkv_predictor * p) {
     free((void *) p->step);
     free((void *) p->spread);
     free((void *) p->copy);
+    free((void *) p->copy_error);
     free((void *) p->copy_spread);
     free((void *) p->gain);
 }
@@ -182,7 +184,7 @@ int LLVMFuzzerTestOneInput(const uint8_t * data, size_t size) {
     }
     uint8_t * k = fill(&s, n*h.k_row), * v = fill(&s, n*h.v_row), * k2 = malloc(n*h.k_row), * v2 = malloc(n*h.v_row);
     uint8_t * kp = fill(&s, n_past*h.k_row), * vp = fill(&s, n_past*h.v_row);
-    uint8_t * pkr = fill(&s, n*before.k_row), * pvr = fill(&s, n*before.v_row);
+    uint8_t * pkr = fill(&s, (n_past + n)*before.k_row), * pvr = fill(&s, (n_past + n)*before.v_row);
     clear_reserved(k, n, &h);
     const seqkv_frame f = { n_past, n, h.k_bits, h.v_bits, before.k_bits, before.v_bits, offset, from, match, kp, vp, pkr, pvr };
     const int64_t n_work = seqkv_delta_work(l, prev), bound = seqkv_delta_bound(l, n);
