@@ -168,7 +168,7 @@ typedef struct {
     int32_t log_gain;
     int32_t sum;            // of |residual| so far, 1/64 spreads
     uint32_t path;          // u_(i-1) | u_(i-2) << 1 | u_(i-3) << 2
-    uint8_t codes[SEQKV_BLOCK];
+    uint16_t codes[SEQKV_BLOCK]; // not bytes, which compilers must think may be anything
 } lane;
 
 SEQKV_FN void code_value(coder * c, lane * s, int B, int i, int encode) {
@@ -191,7 +191,7 @@ SEQKV_FN void code_value(coder * c, lane * s, int B, int i, int encode) {
         l = 2*(uint32_t) seqkv_read_value(&c->r, a, b, edge, B) + parity;
     }
     const uint32_t u = (l >> 1 ^ s->path ^ s->path >> 2) & 1;
-    s->codes[i] = (uint8_t) (l >> 2 << 1 | u);
+    s->codes[i] = (uint16_t) (l >> 2 << 1 | u);
     s->path = (s->path << 1 | u) & 7;
     const int32_t q = seqkv_place(a, b, 2*seqkv_level_table(B)[l]);
     s->sum += q < -192 || q > 192 ? 192 : q < 0 ? -q : q;
@@ -203,7 +203,7 @@ SEQKV_FN void code_blocks(coder * c, lane * s, int n, int bits, int graded, int 
         const int B = seqkv_value_bits(bits, graded, q);
         if (B == 0) {
             for (int j = 0; j < n; ++j) {
-                memset(s[j].codes + 16*q, 0, 16);
+                memset(s[j].codes + 16*q, 0, 16*sizeof(uint16_t));
             }
             continue;
         }

@@ -1,9 +1,16 @@
 #include "predict.h"
+#include "encode.h" // SEQKV_RESTRICT
 
 #include <math.h>
 
 #if defined(__clang__) || defined(_MSC_VER)
 #    pragma STDC FP_CONTRACT OFF // GCC: -std=c11 does that
+#endif
+
+#if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__) && defined(__GLIBC__) && !defined(__SANITIZE_ADDRESS__)
+#    define SEQKV_CLONES __attribute__((target_clones("avx2", "default"))) // sums of integers: the same on each
+#else
+#    define SEQKV_CLONES
 #endif
 
 void seqkv_block_values(int bits, int graded, const uint8_t * block, int unit, int16_t * z) {
@@ -32,6 +39,7 @@ static inline int32_t dot(const int16_t * a, const int16_t * b, int n) {
     return sum;
 }
 
+SEQKV_CLONES
 void seqkv_key_inputs(const seqkv_layer * l, int bits, const uint8_t * row, int offset, int16_t * x) {
     const int16_t * cs = l->rope + (int64_t) offset*l->n_rot;
     for (int h = 0; h < l->n_head; ++h, x += l->dk) {
@@ -63,6 +71,7 @@ void seqkv_value_inputs(const seqkv_layer * l, int bits, const uint8_t * row, in
     }
 }
 
+SEQKV_CLONES
 void seqkv_key_values(const seqkv_layer * l, const int16_t * x, int offset, int16_t * z) {
     const int16_t * cs = l->rope + (int64_t) offset*l->n_rot;
     for (int h = 0; h < l->n_head; ++h, x += l->dk, z += l->dk) {
@@ -82,6 +91,28 @@ void seqkv_key_values(const seqkv_layer * l, const int16_t * x, int offset, int1
     }
 }
 
+// sums of the products of w[n] and four rows of inputs: n a multiple of 64
+SEQKV_CLONES
+static void dot4(const int16_t * SEQKV_RESTRICT w, const int16_t * SEQKV_RESTRICT in, int64_t stride, int n, int32_t * SEQKV_RESTRICT sum) {
+    const int16_t * a = in, * b = in + stride, * c = in + 2*stride, * d = in + 3*stride;
+    int32_t s0 = 0, s1 = 0, s2 = 0, s3 = 0;
+    for (int i = 0; i < n; ++i) {
+        s0 += w[i]*a[i];
+        s1 += w[i]*b[i];
+        s2 += w[i]*c[i];
+        s3 += w[i]*d[i];
+    }
+    sum[0] = s0;
+    sum[1] = s1;
+    sum[2] = s2;
+    sum[3] = s3;
+}
+
+static int16_t scaled(int32_t sum, int32_t step) {
+    const int64_t y = ((int64_t) sum*step + (1 << 15)) >> 16;
+    return (int16_t) (y < -SEQKV_MAX_VALUE ? -SEQKV_MAX_VALUE : y > SEQKV_MAX_VALUE ? SEQKV_MAX_VALUE : y);
+}
+
 void seqkv_predict(const seqkv_predictor * p, const int16_t * in, int stride, int n_in, int n, int16_t * out, int n_out) {
     if (!p->weight || n_in == 0) {
         memset(out, 0, (size_t) n*n_out*sizeof(int16_t));
@@ -92,9 +123,16 @@ void seqkv_predict(const seqkv_predictor * p, const int16_t * in, int stride, in
         for (int i = 0; i < n_in; ++i) {
             w[i] = p->weight[(int64_t) o*n_in + i];
         }
-        for (int t = 0; t < n; ++t) {
-            const int64_t y = ((int64_t) dot(w, in + (int64_t) t*stride, n_in)*p->step[o] + (1 << 15)) >> 16;
-            out[(int64_t) t*n_out + o] = (int16_t) (y < -SEQKV_MAX_VALUE ? -SEQKV_MAX_VALUE : y > SEQKV_MAX_VALUE ? SEQKV_MAX_VALUE : y);
+        int t = 0;
+        for (; t + 4 <= n; t += 4) {
+            int32_t sum[4];
+            dot4(w, in + (int64_t) t*stride, stride, n_in, sum);
+            for (int j = 0; j < 4; ++j) {
+                out[(int64_t) (t + j)*n_out + o] = scaled(sum[j], p->step[o]);
+            }
+        }
+        for (; t < n; ++t) {
+            out[(int64_t) t*n_out + o] = scaled(dot(w, in + (int64_t) t*stride, n_in), p->step[o]);
         }
     }
 }

@@ -273,3 +273,88 @@ def test_a_frame_of_the_fuzzer(tmp_path: Path) -> None:
         pytest.skip("the compiler has no sanitizers")
     done = subprocess.run([str(program), "60"], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+# -- the shipped predictors
+
+
+@pytest.mark.model
+def test_shipped_predictors_on_text_of_other_kinds() -> None:
+    """Ratios to the live bytes of the first 320 tokens of a session, which have little to copy from, and of their second copy."""
+    from seqkv_edge import capture, model, predictor, profile
+    from seqkv_edge.engine import open_model
+
+    try:
+        path = Path(model.default_model())
+    except SeqkvError as error:
+        pytest.skip(str(error))
+    shipped = ROOT / "models" / "SmolLM2-135M-Instruct.seqkv.gguf"
+    assert shipped.stat().st_size < 2_000_000
+    coder = delta.read(shipped, "seqkv3")
+    assert coder is not None and len(coder.layers) == 30
+    designs = {d.layer: d for d in profile.read_designs(shipped)[0]}
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    k: dict[int, np.ndarray] = {}
+    v: dict[int, np.ndarray] = {}
+
+    def on_layer(rows: capture.Rows) -> None:
+        i = rows.layer
+        k[i], v[i] = predictor.blocks(rows, designs[i], coder.k_bits[i], coder.v_bits[i])
+
+    with open_model(path) as loaded:
+        tokens = loaded.tokenize(text, add_special=True, parse_special=False)[:320]
+        tokens = tokens + tokens
+        capture.capture(loaded.pointer, [tokens], on_layer, progress=False)
+    rows = Rows([k[i] for i in sorted(k)], [v[i] for i in sorted(v)])
+    frames = frames_of(tokens)
+    live = sum(a.shape[1] for a in [*rows.k, *rows.v]) * FRAME
+    for level, first, second in (("small", 0.77, 0.6), ("fast", 0.9, 0.62)):
+        data = [coder.encode(level, frame, rows) for frame in frames]
+        back = empty(rows)
+        coder.decode_path(data, frames, back)
+        assert equal(rows, back)
+        sizes = np.array([len(d) for d in data]) / live
+        assert sizes[:5].mean() < first and sizes[5:].mean() < second, (level, sizes)
+
+
+def test_predictors_are_added_to_a_profile_and_read(tmp_path: Path) -> None:
+    from gguf import GGUFReader, GGUFWriter
+
+    from seqkv_edge import profile
+
+    coder = small_coder()
+    path = tmp_path / "p.gguf"
+    writer = GGUFWriter(str(path), profile.ARCHITECTURE)
+    writer.add_uint32("seqkv.profile.version", profile.VERSION)
+    writer.add_uint32("seqkv.profile.n_layer", 4)
+    writer.add_array("seqkv.profile.seqkv3.k_bits", [3, 2, 4, 0])
+    writer.add_array("seqkv.profile.seqkv3.v_bits", [3, 4, 1, 0])
+    encodes = []
+    for i in range(3):
+        r = np.random.RandomState(1 + i)
+        encodes.append((r.randint(-128, 128, (2, 64, 64)) / 256 + 8 * np.eye(64)).astype(np.float16))
+        writer.add_tensor(f"blk.{i}.k_encode", encodes[-1])
+        writer.add_tensor(f"blk.{i}.v_scale", np.ones((2, 64), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    assert delta.read(path, "seqkv3") is None
+    for _ in range(2):  # the second time in place of the first
+        profile.add_predictors(path, dict(enumerate(coder.layers)))
+    names = [t.name for t in GGUFReader(path).tensors]
+    assert len(names) == len(set(names)) and "blk.2.v_scale" in names
+    there = delta.read(path, "seqkv3")
+    assert (there.k_bits, there.v_bits) == (coder.k_bits, coder.v_bits)
+    rows, frames = make_rows(5, coder, 100), frames_of([1, 2] * 50)
+    for level in delta.LEVELS:
+        assert [there.encode(level, f, rows) for f in frames] == [coder.encode(level, f, rows) for f in frames]
+    data = bytearray(path.read_bytes())
+    for at in range(len(data) // 2, len(data), 997):  # a damaged file is an error or other predictors, never a crash
+        data[at] ^= 0x55
+        path.write_bytes(data)
+        try:
+            delta.read(path, "seqkv3")
+        except SeqkvError:
+            pass
+        data[at] ^= 0x55
