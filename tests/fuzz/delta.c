@@ -54,17 +54,15 @@ typedef struct {
     int64_t k_row, v_row;
 } shape;
 
-static const int dims[3] = { 64, 128, 256 };
-
 static shape make_shape(source * s) {
     shape h;
     const uint8_t b = byte(s);
     seqkv_layer * l = &h.layer;
-    l->n_head = 1 + b%2;
-    l->dk     = dims[b/2%3 == 2 ? 0 : b/2%3]; // 256 is slow and no different
-    l->dv     = dims[b/6%3 == 2 ? 0 : b/6%3];
-    l->neox   = b/18%2;
-    l->n_rot  = b/36%3 == 0 ? 0 : b/36%3 == 1 ? l->dk : l->dk/2;
+    l->n_head = b%8 == 3 ? 2 : 1;
+    l->dk     = b%8 == 6 ? 128 : 64; // 256 is slow and no different
+    l->dv     = b%8 >= 6 ? 128 : 64;
+    l->neox   = b/8%2;
+    l->n_rot  = b/16%3 == 0 ? 0 : b/16%3 == 1 ? l->dk : l->dk/2;
     h.k_bits  = 1 + byte(s)%4;
     h.v_bits  = 1 + byte(s)%4;
     h.k_row   = l->n_head*(l->dk/64)*(2 + 8*h.k_bits);
@@ -83,7 +81,7 @@ static shape make_shape(source * s) {
         for (size_t i = 0; i < square; ++i) {
             enc[i] = (float) (noise(s) - 128)/256.0f + (i % (l->dk + 1) == 0 ? 8.0f : 0.0f);
         }
-        check(seqkv_delta_transform(enc, l->dk, l->n_rot, l->neox, e + n*square, d + n*square, shift + n, work) == 0, "transform");
+        check(seqkv_delta_transform(enc, l->dk, l->n_rot, l->neox, e + n*square, d + n*square, shift + n, work) == SEQKV_OK, "transform");
     }
     free(enc);
     free(work);
@@ -168,7 +166,7 @@ int LLVMFuzzerTestOneInput(const uint8_t * data, size_t size) {
     const seqkv_layer * l = &h.layer, * prev = flags & 1 ? &before.layer : NULL;
     const int n_k = l->n_head*l->dk, n_v = l->n_head*l->dv, n_prev = prev ? prev->n_head*(prev->dk + prev->dv) : 0;
     seqkv_predictor pk = make_predictor(&s, n_k, n_prev, n_k/64*3), pv = make_predictor(&s, n_v, n_prev + n_k, n_v/64);
-    const int n = 1 + byte(&s)%(flags & 2 ? 64 : 6), n_past = byte(&s)%8;
+    const int n = 1 + byte(&s)%(flags & 2 ? (flags & 0x38 ? 12 : 64) : 2), n_past = byte(&s)%8;
     uint8_t * offset = fill(&s, n_past + n), * match = fill(&s, n);
     int32_t * from = malloc(n*sizeof(int32_t));
     for (int t = 0; t < n_past + n; ++t) {
