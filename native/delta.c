@@ -1,28 +1,43 @@
 // Lossless coding of one layer of a frame. Encoder and decoder are one piece of code, so that they cannot differ.
 #include "predict.h"
 
+#if defined(__GNUC__) && defined(__x86_64__)
+#    include <immintrin.h>
+#    define SEQKV_WIDE // AVX2 where the processor has it
+#endif
+
 #define LANES 8 // blocks that are coded side by side: their chains of dependent steps overlap
 
 typedef struct {
     seqkv_writer w;
     seqkv_reader r;
     int encode;
-    int16_t edge[7][2][64]; // bits, parity -> lower edges of the reachable levels, in half levels
-    int16_t gain_edge[256]; // lower edges of gains, in half steps
+    int32_t edge[7][2][64];   // bits, parity -> lower edges of the reachable levels, in half levels
+    int32_t level[7][128];    // bits -> levels, in half levels
+    int32_t gain_edge[256];   // lower edges of gains, in half steps
+    int     wide;             // decode LANES blocks with AVX2
 } coder;
 
 static void coder_init(coder * c) {
     for (int B = 1; B <= 6; ++B) {
         const int8_t * level = seqkv_level_table(B);
+        for (int l = 0; l < 2 << B; ++l) {
+            c->level[B][l] = 2*level[l];
+        }
         for (int parity = 0; parity < 2; ++parity) {
             for (int j = 1; j < 1 << B; ++j) {
-                c->edge[B][parity][j] = (int16_t) (level[2*j - 2 + parity] + level[2*j + parity]);
+                c->edge[B][parity][j] = level[2*j - 2 + parity] + level[2*j + parity];
             }
         }
     }
     for (int j = 1; j < 256; ++j) {
-        c->gain_edge[j] = (int16_t) (2*j - 1);
+        c->gain_edge[j] = 2*j - 1;
     }
+#ifdef SEQKV_WIDE
+    c->wide = !c->encode && __builtin_cpu_supports("avx2");
+#else
+    c->wide = 0;
+#endif
 }
 
 // places in the work buffer
@@ -176,10 +191,9 @@ SEQKV_FN void code_value(coder * c, lane * s, int B, int i, int encode) {
                                           + seqkv_log_sum[(s->sum + 384) >> 3] - seqkv_log_count[i], 288);
     const int32_t ratio = s->log_gain - log_spread;
     const int32_t a = seqkv_exp2(seqkv_scale17[B], ratio < -144 ? -144 : ratio > 384 ? 384 : ratio);
-    const int64_t m = (int64_t) s->mean[i]*seqkv_exp2(2048, -log_spread);
-    const int32_t b = m < -(1 << 29) ? -(1 << 29) : m > 1 << 29 ? 1 << 29 : (int32_t) m;
+    const int32_t b = s->mean[i]*seqkv_exp2(2048, -log_spread); // below 2^29
     const uint32_t parity = s->path >> 1 & 1;
-    const int16_t * edge = c->edge[B][parity];
+    const int32_t * edge = c->edge[B][parity];
     uint32_t l; // level index
     if (encode) {
         l = 0;
@@ -193,7 +207,7 @@ SEQKV_FN void code_value(coder * c, lane * s, int B, int i, int encode) {
     const uint32_t u = (l >> 1 ^ s->path ^ s->path >> 2) & 1;
     s->codes[i] = (uint16_t) (l >> 2 << 1 | u);
     s->path = (s->path << 1 | u) & 7;
-    const int32_t q = seqkv_place(a, b, 2*seqkv_level_table(B)[l]);
+    const int32_t q = seqkv_place(a, b, c->level[B][l]);
     s->sum += q < -192 || q > 192 ? 192 : q < 0 ? -q : q;
 }
 
@@ -218,6 +232,10 @@ SEQKV_FN void code_blocks(coder * c, lane * s, int n, int bits, int graded, int 
         }
     }
 }
+
+#ifdef SEQKV_WIDE
+#    include "delta-avx2.h"
+#endif
 
 static void write_block(const lane * s, int bits, int graded) {
     uint8_t * out = s->block;
@@ -261,6 +279,9 @@ static void code_rows(coder * c, const seqkv_layer * l, const seqkv_predictor * 
         if (c->encode) {
             if (graded) { code_blocks(c, s, n, bits, 1, 1); } else { code_blocks(c, s, n, bits, 0, 1); }
         } else {
+#ifdef SEQKV_WIDE
+            if (c->wide && n == LANES) { decode_blocks_avx2(c, s, bits, graded); } else
+#endif
             if (graded) { code_blocks(c, s, n, bits, 1, 0); } else { code_blocks(c, s, n, bits, 0, 0); }
             for (int j = 0; j < n; ++j) {
                 write_block(&s[j], bits, graded);

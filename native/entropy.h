@@ -130,16 +130,16 @@ static inline int32_t seqkv_place(int32_t a, int32_t b, int32_t edge) {
 }
 
 // first position of symbol j of 2^bits, edge[j] its lower edge
-static inline uint32_t seqkv_cum(int32_t a, int32_t b, const int16_t * edge, int j, int bits) {
+static inline uint32_t seqkv_cum(int32_t a, int32_t b, const int32_t * edge, int j, int bits) {
     return j == 0 ? 0 : j == 1 << bits ? 1u << SEQKV_RANS_BITS : seqkv_cdf[seqkv_place(a, b, edge[j]) + 512] + (uint32_t) j;
 }
 
-static inline void seqkv_write_value(seqkv_writer * w, int32_t a, int32_t b, const int16_t * edge, int bits, int j) {
+static inline void seqkv_write_value(seqkv_writer * w, int32_t a, int32_t b, const int32_t * edge, int bits, int j) {
     const uint32_t cum = seqkv_cum(a, b, edge, j, bits);
     seqkv_put(w, cum, seqkv_cum(a, b, edge, j + 1, bits) - cum);
 }
 
-static inline int seqkv_read_value(seqkv_reader * r, int32_t a, int32_t b, const int16_t * edge, int bits) {
+static inline int seqkv_read_value(seqkv_reader * r, int32_t a, int32_t b, const int32_t * edge, int bits) {
     const uint32_t slot = seqkv_peek(r);
     uint32_t low = 0, high = 1u << SEQKV_RANS_BITS;
     int j = 0;
