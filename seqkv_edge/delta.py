@@ -31,6 +31,7 @@ COPY_CLASSES = 7
 MATCHES = (1, 2, 3, 5, 9, 17)
 """lengths of the matches of copy classes 1, 2, ..."""
 GAIN_TERMS = 8
+MAX_INPUTS = 4096
 LEVELS = ("fast", "small")
 """by their number in a coded frame"""
 

@@ -20,6 +20,7 @@ from .capture import Rows, unrotate
 from .codec import BLOCK, quantize, unpack
 from .delta import COPY_CLASSES, FRAME, GAIN_TERMS, Copies, Layer, Predictor
 from .design import LayerDesign, hadamard
+from .errors import ModelError
 
 Floats = NDArray[np.float32]
 
@@ -62,6 +63,9 @@ def measure(
     Memory: the blocks of all tokens, twice, and one layer's inputs in f32. Raises ModelError.
     """
     by_layer = {d.layer: d for d in designs}
+    values = [d.k_mean.size + d.v_mean.size for d in designs]
+    if max((before + d.k_mean.size for before, d in zip(values, designs[1:])), default=0) > delta.MAX_INPUTS:
+        raise ModelError(f"predictors have {delta.MAX_INPUTS} inputs at most: a layer of this model has {max(values)} keys and values a token")
     windows: list[Window] = []
     rope: dict[int, tuple[NDArray[np.float64], bool]] = {}
     now: dict[int, tuple[NDArray[np.uint8], NDArray[np.uint8]]] = {}
