@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 from dataclasses import replace
@@ -154,6 +155,148 @@ def test_blocks_with_the_reserved_bit_are_refused() -> None:
     rows.k[1][2, 1] |= 0x80
     with pytest.raises(SeqkvError):
         coder.encode("fast", frames[0], rows)
+
+
+# -- a decoder written from format.md, in Python's integers
+
+
+class Reference:
+    """Decodes one layer of a frame, given the inputs of the tokens and of those they copy."""
+
+    def __init__(self, layer: Layer, data: bytes) -> None:
+        text = (ROOT / "native" / "entropy_tables.h").read_text() + (ROOT / "native" / "tables.h").read_text()
+        arrays = re.findall(r"u?int\d+_t (\w+)\[\d+\] = \{([^}]*)\}", text)
+        self.table = {name: [int(x, 0) for x in body.split(",") if x.strip()] for name, body in arrays}
+        self.layer = layer
+        words = np.frombuffer(data, "<u2").tolist()
+        self.states = [words[2 * i] | words[2 * i + 1] << 16 for i in range(8)]
+        self.words, self.count = words[16:], 0
+
+    def exp2(self, s: int, x: int) -> int:
+        return s * self.table["seqkv_exp2_table"][x + 288] >> 16
+
+    def symbol(self, a: int, b: int, edges: list[int]) -> int:
+        """edges: of symbols 1, 2, ..."""
+        x = self.states[self.count % 8]
+        begins = [0] + [self.table["seqkv_cdf"][cut((a * e - b) >> 12, -512, 511) + 512] + j for j, e in enumerate(edges, 1)] + [1 << 15]
+        j = max(i for i, begin in enumerate(begins[:-1]) if begin <= x % 32768)
+        y = (begins[j + 1] - begins[j]) * (x >> 15) + x % 32768 - begins[j]
+        self.states[self.count % 8] = y if y >= 1 << 16 else y << 16 | self.words.pop(0)
+        self.count += 1
+        return j
+
+    def predict(self, p: Predictor, inputs: np.ndarray) -> np.ndarray:
+        if p.weight is None or inputs.shape[1] == 0:
+            return np.zeros((len(inputs), len(p.step)), np.int64)
+        return np.clip((inputs.astype(np.int64) @ p.weight.astype(np.int64).T * p.step + (1 << 15)) >> 16, -4095, 4095)
+
+    def mix(self, p: Predictor, match: np.ndarray, predicted: np.ndarray, copy: np.ndarray, own: np.ndarray) -> np.ndarray:
+        share, error = (a.astype(np.int64)[match][:, None] for a in (p.copy, p.copy_error))
+        mixed = np.clip(predicted + ((share * (copy - predicted) + error * (copy - own) + 64) >> 7), -4095, 4095)
+        return np.where(match[:, None] > 0, mixed, predicted)
+
+    def turn(self, x: np.ndarray, offset: np.ndarray) -> np.ndarray:
+        n, half = len(x), self.layer.rope.shape[1] // 2
+        x = x.reshape(n, self.layer.n_head, self.layer.dk)
+        first, second = (slice(half), slice(half, 2 * half)) if self.layer.neox else (slice(0, 2 * half, 2), slice(1, 2 * half, 2))
+        cos, sin = (self.layer.rope[offset][:, None, i::2].astype(np.int64) for i in (0, 1))
+        y = x.copy()
+        y[..., first] = (x[..., first] * cos - x[..., second] * sin + (1 << 13)) >> 14
+        y[..., second] = (x[..., first] * sin + x[..., second] * cos + (1 << 13)) >> 14
+        shift = self.layer.k_shift.astype(np.int64)[None, :, None]
+        z = (np.einsum("hij,nhj->nhi", self.layer.k_encode.astype(np.int64), y) + (1 << shift >> 1)) >> shift
+        return np.clip(z, -4095, 4095).reshape(n, -1)
+
+    def gains(self, p: Predictor, match: np.ndarray, last: list[int] | None, copies: list[list[int] | None], prev: list[list[int]] | None,
+              head_groups: int, graded: bool) -> list[list[int]]:  # fmt: skip
+        out: list[list[int]] = []
+        for t, m in enumerate(match):
+            row: list[int] = []
+            for q, k in enumerate(p.gain.tolist()):
+                usual = p.gain[:, 0].tolist()
+                expected = 256 * k[0] + (k[1] * (256 * last[q] - k[0]) if last else 0)
+                if copies[t]:
+                    term = k[2] * (256 * copies[t][q] - k[0]) * int(p.copy[m])
+                    expected += abs(term) // 128 * (1 if term >= 0 else -1)
+                expected += k[3] * (256 * row[q - head_groups] - usual[q - head_groups]) if q >= head_groups else 0
+                expected += k[4] * (256 * row[q - 1] - usual[q - 1]) if graded and q % 3 else 0
+                expected += k[5] * (256 * prev[t][q] - k[7]) if prev and q < len(prev[t]) else 0
+                a = self.exp2(4096, 240 - k[6])
+                b = (cut(expected, 0, (1 << 24) - 1) >> 8) * a >> 7
+                row.append(self.symbol(a, b, [2 * j - 1 for j in range(1, 32 if graded else 256)]))
+            out.append(row)
+            last = row
+        return out
+
+    def codes(self, p: Predictor, match: np.ndarray, gains: list[list[int]], z: np.ndarray, bits: int, graded: bool) -> np.ndarray:
+        """(n, values)"""
+        groups = [(0, bits + 2), (1, bits), (2, bits - 1), (2, bits - 1)] if graded else [(0, bits)] * 4
+        n, width = z.shape
+        per_row, per_block = width // 64, 3 if graded else 1
+        out = np.zeros((n * per_row, 64), np.int64)
+        for start in range(0, n * per_row, 8):
+            lanes = range(start, min(start + 8, n * per_row))
+            total, path = dict.fromkeys(lanes, 0), {}
+            for i in range(64):
+                group, b = groups[i // 16]
+                for lane in lanes if b else ():
+                    if i in ((0, 16, 32) if graded else (0,)):
+                        path[lane] = [0, 0, 0]
+                    t, block = divmod(lane, per_row)
+                    unit = 12 if graded else int(self.layer.v_gain[block // (self.layer.dv // 64)])
+                    log = cut((max(gains[t][block * per_block + group], 1) - unit) * (16 if graded else 12), -288, 288)
+                    spread = 3 * (int(p.spread[block * 64 + i]) - 128) + log // 2 + 3 * int(p.copy_spread[match[t]])
+                    spread = cut(spread + self.table["seqkv_log_sum"][(total[lane] + 384) >> 3] - self.table["seqkv_log_count"][i], -288, 288)
+                    a = self.exp2(self.table["seqkv_scale17"][b], cut(log - spread, -144, 384))
+                    c = int(z[t, block * 64 + i]) * self.exp2(2048, -spread)
+                    levels = self.table[f"seqkv_level{b}"]
+                    reachable = levels[path[lane][1] :: 2]
+                    index = 2 * self.symbol(a, c, [x + y for x, y in zip(reachable, reachable[1:])]) + path[lane][1]
+                    u = (index >> 1 & 1) ^ path[lane][0] ^ path[lane][2]
+                    path[lane] = [u, *path[lane][:2]]
+                    out[lane, i] = index >> 2 << 1 | u
+                    total[lane] += min(abs(cut((a * 2 * levels[index] - c) >> 12, -512, 511)), 192)
+        return out.reshape(n, width)
+
+
+def cut(x: int, low: int, high: int) -> int:
+    return min(max(int(x), low), high)
+
+
+@pytest.mark.parametrize("level", delta.LEVELS)
+def test_the_format_is_what_its_document_says(level: delta.Level) -> None:
+    coder = small_coder(5)
+    rows, frames = make_rows(7, coder, FRAME + 9), frames_of([1, 2, 3, 1, 4] * 14 + [5, 2, 1])
+    frame, i, past, end = frames[1], 1, FRAME, FRAME + 9
+    reader = Reference(coder.layers[i], coder.encode_layer(level, i, frame, rows))
+    assert 0 < (frame.match > 0).sum() < 9
+    source = np.where(frame.match > 0, frame.source, 0)
+
+    def unpacked(which: str, layer: int) -> tuple[np.ndarray, list[list[int]]]:
+        graded = which == "k"
+        bits, data = (coder.k_bits if graded else coder.v_bits)[layer], (rows.k if graded else rows.v)[layer]
+        codes, gains = codec.unpack(bits, data.reshape(-1), graded=graded)
+        return codes.reshape(end, -1), gains[:, : 3 if graded else 1].reshape(end, -1).tolist()
+
+    x, z = (a.astype(np.int64) for a in coder.layers[i].inputs(coder.k_bits[i], coder.v_bits[i], frame.offset, rows.k[i], rows.v[i]))
+    before = [np.zeros((end, 0), np.int64)]
+    if level == "small":
+        before = list(coder.layers[0].inputs(coder.k_bits[0], coder.v_bits[0], frame.offset, rows.k[0], rows.v[0]))
+    inputs = np.concatenate([*before, x], axis=1)
+    n_prev = inputs.shape[1] - x.shape[1]
+    for which, p, values, width, head_groups in zip("kv", coder.layers[i].predictors[level], (x, z), (n_prev, inputs.shape[1]), (3, 1)):
+        codes, gains = unpacked(which, i)
+        copies = [gains[s] if m else None for s, m in zip(source, frame.match)]
+        prev = unpacked(which, 0)[1][past:] if level == "small" else None
+        found = reader.gains(p, frame.match, gains[past - 1], copies, prev, head_groups, which == "k")
+        assert found == gains[past:]
+        own = reader.predict(p, inputs[:, :width])
+        mean = reader.mix(p, frame.match, own[past:], values[source], own[source])
+        if which == "k":
+            mean = reader.turn(mean, frame.offset[past:])
+        bits = (coder.k_bits if which == "k" else coder.v_bits)[i]
+        assert np.array_equal(reader.codes(p, frame.match, found, mean, bits, which == "k"), codes[past:])
+    assert not reader.words and reader.states == [1 << 16] * 8
 
 
 # -- damage
