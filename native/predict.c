@@ -27,6 +27,9 @@ void seqkv_block_values(int bits, int graded, const uint8_t * block, int unit, i
     }
 }
 
+#define MAX_TURNED 5800     // above sqrt(2)*SEQKV_MAX_VALUE: more only in a profile whose table is no rotation
+#define MAX_SUM    350000.0 // of the magnitudes in a row of E', so that MAX_TURNED of each is below 2^31
+
 // pair i of x: indices of its values
 static inline int pair_first (const seqkv_layer * l, int i) { return l->neox ? i : 2*i; }
 static inline int pair_second(const seqkv_layer * l, int i) { return l->neox ? i + l->n_rot/2 : 2*i + 1; }
@@ -80,8 +83,8 @@ void seqkv_key_values(const seqkv_layer * l, const int16_t * x, int offset, int1
         for (int i = 0; i < l->n_rot/2; ++i) {
             const int i0 = pair_first(l, i), i1 = pair_second(l, i);
             const int32_t a = x[i0], b = x[i1], c = cs[2*i], s = cs[2*i + 1];
-            y[i0] = (int16_t) ((a*c - b*s + (1 << 13)) >> 14);
-            y[i1] = (int16_t) ((a*s + b*c + (1 << 13)) >> 14);
+            y[i0] = (int16_t) seqkv_clip((a*c - b*s + (1 << 13)) >> 14, MAX_TURNED);
+            y[i1] = (int16_t) seqkv_clip((a*s + b*c + (1 << 13)) >> 14, MAX_TURNED);
         }
         const int16_t * e = l->k_encode + (int64_t) h*l->dk*l->dk;
         const int shift = l->k_shift[h];
@@ -239,10 +242,10 @@ int64_t seqkv_delta_transform(const float * enc, int n, int n_rot, int neox, int
         most = sum > most ? sum : most;
     }
     int shift = 11;
-    while (shift > 0 && (largest*(1 << shift) > 32000.0 || most*(1 << shift) > 350000.0)) {
+    while (shift > 0 && (largest*(1 << shift) > 32000.0 || most*(1 << shift) > MAX_SUM)) {
         --shift;
     }
-    if (largest > 32000.0 || most > 350000.0) {
+    if (largest > 32000.0 || most > MAX_SUM) {
         return SEQKV_ESHAPE;
     }
     for (int i = 0; i < n*n; ++i) {

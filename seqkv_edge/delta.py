@@ -195,11 +195,15 @@ class Coder:
     """Coder of the frames of a model's cache with given bits; may be used by several threads at once.
 
     layers   those with a seqkv cache, in order; k_bits, v_bits: their bits in the cache
+    index    their numbers in the model (default: 0, 1, ...)
     """
 
-    def __init__(self, layers: Sequence[Layer], k_bits: Sequence[int], v_bits: Sequence[int]) -> None:
-        if not len(layers) == len(k_bits) == len(v_bits):
+    def __init__(self, layers: Sequence[Layer], k_bits: Sequence[int], v_bits: Sequence[int], index: Sequence[int] | None = None) -> None:
+        if not len(layers) == len(k_bits) == len(v_bits) > 0:
             raise SeqkvError("delta: one number of bits for the keys and one for the values of every layer")
+        for layer, *bits in zip(layers, k_bits, v_bits):
+            layer.rows(*bits)  # raises SeqkvError
+        self.index = tuple(range(len(layers)) if index is None else index)
         self.layers, self.k_bits, self.v_bits = tuple(layers), tuple(k_bits), tuple(v_bits)
         self._layer = [layer.struct() for layer in layers]
         self._predictor = {level: [[self._struct(p) for p in layer.predictors[level]] for layer in layers] for level in LEVELS}
@@ -375,8 +379,11 @@ def tensors(layers: Mapping[int, Layer]) -> dict[str, NDArray]:
 _TYPES = {0: np.float32, 1: np.float16, 24: np.int8, 25: np.int16, 26: np.int32}
 
 
-def read(path: FilePath, kv: str) -> Coder | None:
-    """The coder of a profile for a cache of the type kv ("seqkv3"); None: the profile has no predictors. Raises ProfileError."""
+def read(path: FilePath, kv: str, kv_v: str | None = None) -> Coder | None:
+    """The coder of a profile for a cache with keys of the type kv ("seqkv3") and values of kv_v (default: the same).
+
+    None: the profile has no predictors. Raises ProfileError.
+    """
     header = read_header(path)
     version = header.fields.get("seqkv.delta.version")
     if version is None:
@@ -395,12 +402,13 @@ def read(path: FilePath, kv: str) -> Coder | None:
             raise ProfileError(f"{path} is damaged: tensor {name} has the shape {t.shape}")
         return array.reshape(tuple(reversed(t.shape)))
 
-    bits = [header.fields.get(f"seqkv.profile.{kv}.{kind}_bits") for kind in ("k", "v")]
+    types = (kv, kv_v or kv)
+    bits = [header.fields.get(f"seqkv.profile.{name}.{kind}_bits") for name, kind in zip(types, "kv")]
     n_layer = header.fields.get("seqkv.profile.n_layer")
-    if not isinstance(n_layer, int) or any(b is not None and len(b) != n_layer for b in bits):
-        raise ProfileError(f"{path} is damaged: the bits of {kv} are {bits}")
+    if not isinstance(n_layer, int) or any(b is not None and (not isinstance(b, list) or len(b) != n_layer) for b in bits):
+        raise ProfileError(f"{path} is damaged: the bits of {types} are {bits}")
     layers: list[Layer] = []
-    k_bits, v_bits = [], []
+    index, k_bits, v_bits = [], [], []
     for il in range(n_layer):
         if f"blk.{il}.k_encode" not in found:
             continue
@@ -408,11 +416,11 @@ def read(path: FilePath, kv: str) -> Coder | None:
         if enc.ndim != 3 or enc.shape[1] != enc.shape[2] or scale.ndim != 2 or len(scale) != len(enc):
             raise ProfileError(f"{path} is damaged: k_encode of layer {il} has the shape {enc.shape}")
         layers.append(_read_layer(tensor, il, enc, scale.shape[1], layers[-1] if layers else None, found))
-        nominal = int(kv[-1])
-        k_bits.append(nominal if bits[0] is None else int(bits[0][il]))
-        v_bits.append(nominal if bits[1] is None else int(bits[1][il]))
+        index.append(il)
+        for out, name, of_layer in zip((k_bits, v_bits), types, bits):
+            out.append(int(name[-1]) if of_layer is None else int(of_layer[il]))
     try:
-        return Coder(layers, k_bits, v_bits)
+        return Coder(layers, k_bits, v_bits, index)
     except SeqkvError as error:
         raise ProfileError(f"{path} is damaged: {error}") from None
 

@@ -488,7 +488,8 @@ def test_predictors_are_added_to_a_profile_and_read(tmp_path: Path) -> None:
     names = [t.name for t in GGUFReader(path).tensors]
     assert len(names) == len(set(names)) and "blk.2.v_scale" in names
     there = delta.read(path, "seqkv3")
-    assert (there.k_bits, there.v_bits) == (coder.k_bits, coder.v_bits)
+    assert (there.k_bits, there.v_bits, there.index) == (coder.k_bits, coder.v_bits, (0, 1, 2))
+    assert delta.read(path, "seqkv3", "seqkv2").v_bits == (2, 2, 2)
     rows, frames = make_rows(5, coder, 100), frames_of([1, 2] * 50)
     for level in delta.LEVELS:
         assert [there.encode(level, f, rows) for f in frames] == [coder.encode(level, f, rows) for f in frames]

@@ -68,9 +68,6 @@ static shape make_shape(source * s) {
     h.k_row   = l->n_head*(l->dk/64)*(2 + 8*h.k_bits);
     h.v_row   = l->n_head*(l->dv/64)*(1 + 8*h.v_bits);
     int16_t * rope = fill(s, 64*l->n_rot*sizeof(int16_t));
-    for (int i = 0; i < 64*l->n_rot; ++i) {
-        rope[i] = (int16_t) (rope[i] % 16385);
-    }
     // the transforms of a strange but regular matrix
     const size_t square = (size_t) l->dk*l->dk;
     float    * enc  = malloc(square*sizeof(float));
