@@ -191,6 +191,18 @@ class Frame:
                 object.__setattr__(self, name, np.ascontiguousarray(array, kind))
 
 
+def frames(tokens: Sequence[int], offset: Bytes, start: int = 0) -> list[Frame]:
+    """Frames of a path from token `start` on, a multiple of 64; the last may be shorter. offset (n_tokens,): of every cell."""
+    if start % FRAME or len(offset) != len(tokens):
+        raise SeqkvError(f"delta: frames of {len(tokens)} tokens with {len(offset)} offsets from {start} on")
+    copies, out = Copies(), []
+    for at in range(0, len(tokens), FRAME):
+        source, match = copies.add(tokens[at : at + FRAME])
+        if at >= start:
+            out.append(Frame(at, offset[: at + len(source)], source, match))
+    return out
+
+
 class Coder:
     """Coder of the frames of a model's cache with given bits; may be used by several threads at once.
 

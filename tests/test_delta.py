@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from seqkv_edge import SeqkvError, codec, delta
-from seqkv_edge.delta import COPY_CLASSES, FRAME, GAIN_TERMS, MATCHES, Coder, Copies, Frame, Layer, Predictor, Rows
+from seqkv_edge.delta import COPY_CLASSES, FRAME, GAIN_TERMS, MATCHES, Coder, Frame, Layer, Predictor, Rows
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -79,12 +79,7 @@ def equal(a: Rows, b: Rows) -> bool:
 
 
 def frames_of(tokens: list[int], offset: np.ndarray | None = None) -> list[Frame]:
-    copies, out = Copies(), []
-    offset = (np.arange(len(tokens)) % FRAME).astype(np.uint8) if offset is None else offset
-    for start in range(0, len(tokens), FRAME):
-        source, match = copies.add(tokens[start : start + FRAME])
-        out.append(Frame(start, offset[: start + len(source)].copy(), source, match))
-    return out
+    return delta.frames(tokens, (np.arange(len(tokens)) % FRAME).astype(np.uint8) if offset is None else offset)
 
 
 def small_coder(seed: int = 1, *, rng: bool = True) -> Coder:
@@ -347,6 +342,9 @@ def test_contexts_that_cannot_be_are_refused() -> None:
             coder.decode(data, replace(frame, **wrong), empty(rows))
     with pytest.raises(SeqkvError):
         coder.decode(data, frame, Rows([a[:69] for a in rows.k], rows.v))
+    assert [f.start for f in delta.frames([1] * 200, np.zeros(200, np.uint8), 128)] == [128, 192]
+    with pytest.raises(SeqkvError):
+        delta.frames([1] * 70, np.zeros(70, np.uint8), 60)
     with pytest.raises(SeqkvError):
         Frame(0, np.zeros(3, np.uint8), np.zeros(2, np.int32), np.zeros(2, np.uint8))
 
