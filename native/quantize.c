@@ -7,6 +7,8 @@ const char * seqkv_strerror(int64_t status) {
     switch (status) {
         case SEQKV_EBITS:   return "bits must be 1, 2, 3 or 4";
         case SEQKV_ELENGTH: return "length must be a positive multiple of 64 and the buffer large enough";
+        case SEQKV_ESHAPE:  return "heads, head_dim, tokens, offsets or copies are out of their ranges";
+        case SEQKV_EDATA:   return "the coded bytes are damaged";
         default:            return status >= 0 ? "ok" : "unknown status";
     }
 }

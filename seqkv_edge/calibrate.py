@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from . import capture, llama, profile
+from . import capture, llama, predictor, profile
 from .bench import F16, QualityKv, compare_window, open_cache, read_text, window_logits
 from .capture import Rows
 from .design import Statistics, add, design
@@ -29,6 +29,7 @@ from .model import resolve
 from .profile import N_SINK, N_WINDOW, Measured, ProfileInfo
 
 DEFAULT_TOKENS = 4096
+PREDICTOR_TOKENS = 8192
 _MIN_TOKENS = 256
 _QUALITY_TOKENS = 512
 _DOCUMENTATION = 7800
@@ -44,6 +45,9 @@ def run(args: argparse.Namespace) -> int:
     with open_model(path, ngl=args.ngl) as loaded:
         assert loaded.pointer
         _check_target(target)
+        if args.predictors and target.is_file():
+            profile.check(target, fingerprint(path))
+            return _predictors(loaded, path, target, text)
         seconds = estimate(loaded.pointer, path, args.tokens)
         print(f"calibration on {args.tokens} tokens: about {_duration(seconds)} on this machine", file=sys.stderr)
         try:
@@ -54,6 +58,20 @@ def run(args: argparse.Namespace) -> int:
     if info.quality:
         print("mean KLD against f16 on the text behind them: "
               + ", ".join(f"{kv} {kld:.4f}" for kv, kld in info.quality.items()))  # fmt: skip
+    if args.predictors:
+        with open_model(path, ngl=args.ngl) as loaded:
+            return _predictors(loaded, path, target, text)
+    return 0
+
+
+def _predictors(loaded: Model, path: Path, target: Path, text: str | None) -> int:
+    assert loaded.pointer
+    before = target.stat().st_size
+    try:
+        n_tokens = add_predictors(loaded.pointer, path, target, text=text)
+    except OSError as error:
+        raise _cannot_write(target, error.strerror or str(error)) from None
+    print(f"{target}: predictors from {n_tokens} tokens, {target.stat().st_size - before:,} bytes more than before")
     return 0
 
 
@@ -87,6 +105,27 @@ def make(model: int, path: Path, target: Path, *, text: str | None = None, n_tok
     model_id = fingerprint(path)
     profile.write(target, path, model_id, measure(model, path, default_text() if text is None else text, n_tokens=n_tokens))
     return profile.check(target, model_id)
+
+
+def add_predictors(model: int, path: Path, target: Path, *, text: str | None = None, n_tokens: int = PREDICTOR_TOKENS) -> int:
+    """Fit the predictors of the lossless coder (predictor.py) on `text` (default: the built-in one, English prose first) and add
+    them to the profile `target` of the loaded model (a llama_model pointer). Returns the number of tokens of the text that were used.
+
+    Raises ModelError, ProfileError, OSError.
+    """
+    loaded = Model.of(model, path)
+    designs, bits = profile.read_designs(target)
+    tokens = loaded.tokenize((predictor_text() if text is None else text)[: n_tokens * 32], add_special=True, parse_special=False)[:n_tokens]
+    if len(tokens) < _MIN_TOKENS:
+        raise ModelError(f"the text gives {len(tokens)} tokens, predictors need at least {_MIN_TOKENS}: use a longer text")
+    profile.add_predictors(target, predictor.measure(model, tokens, designs, *bits))
+    return len(tokens)
+
+
+def predictor_text() -> str:
+    """What predictors are fitted to: English prose, about 2,000 tokens, then the built-in text. Residuals on prose are those that
+    documentation teaches least about (docs/decisions.md)."""
+    return (Path(__file__).parent / "prose.txt").read_text(encoding="utf-8").strip() + "\n\n" + default_text()
 
 
 def documentation() -> str:

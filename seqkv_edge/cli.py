@@ -65,6 +65,8 @@ def _calibrate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--text", metavar="FILE", help="text to run the model on (default: built in, of several kinds)")
     parser.add_argument("--tokens", type=int, default=DEFAULT_TOKENS, metavar="N", help=f"default {DEFAULT_TOKENS}")
     parser.add_argument("-o", dest="output", metavar="PROFILE", help="default: FILE.seqkv.gguf next to the model")
+    parser.add_argument("--predictors", action="store_true", help="fit what stored sessions are coded with, and add it to the profile; "
+                        "one that is there already keeps all else")  # fmt: skip
 
 
 def _bench(parser: argparse.ArgumentParser) -> None:

@@ -3,6 +3,8 @@
 #define SEQKV_OK 0
 #define SEQKV_EBITS -1
 #define SEQKV_ELENGTH -2
+#define SEQKV_ESHAPE -3
+#define SEQKV_EDATA -4
 
 const char * seqkv_strerror(int64_t status);
 int64_t seqkv_bound(int bits, int graded, int64_t n);
@@ -17,3 +19,49 @@ void seqkv_encode_value(int bits, const float * v, int head_dim, const float * m
 void seqkv_decode_value(int bits, const void * src, int head_dim, const float * mean, const float * scale, float * v);
 void seqkv_attention(const float * q, const float * k, const float * v, const float * mask, int64_t n, int dk, int dv,
                      float scale, float softcap, const float * sink, float * out);
+
+
+typedef struct {
+    int32_t n_head;
+    int32_t dk, dv;
+    int32_t n_rot, neox;
+    const int16_t * rope;
+    const int16_t * k_encode;
+    const int16_t * k_decode;
+    const uint8_t * k_shift;
+    const uint8_t * v_gain;
+} seqkv_layer;
+typedef struct {
+    const int8_t   * weight;
+    const uint16_t * step;
+    const uint8_t  * spread;
+    const uint8_t  * copy;
+    const int8_t   * copy_error;
+    const int8_t   * copy_spread;
+    const int32_t  * gain;
+} seqkv_predictor;
+typedef struct {
+    int32_t n_past, n;
+    int32_t k_bits, v_bits;
+    int32_t prev_k_bits, prev_v_bits;
+    const uint8_t * offset;
+    const int32_t * source;
+    const uint8_t * match;
+    const uint8_t * k_past, * v_past;
+    const uint8_t * prev_k, * prev_v;
+} seqkv_frame;
+int64_t seqkv_delta_transform(const float * enc, int n, int n_rot, int neox, int16_t * k_encode, int16_t * k_decode,
+                                        uint8_t * k_shift, double * work);
+int64_t seqkv_delta_inputs(const seqkv_layer * layer, int k_bits, int v_bits, const uint8_t * offset, int64_t n_rows,
+                                     const uint8_t * k, const uint8_t * v, int16_t * x, int16_t * z);
+int64_t seqkv_delta_work(const seqkv_layer * layer, const seqkv_layer * prev);
+int64_t seqkv_delta_bound(const seqkv_layer * layer, int n);
+int64_t seqkv_delta_encode(const seqkv_layer * layer, const seqkv_layer * prev, const seqkv_predictor * pk,
+                                     const seqkv_predictor * pv, const seqkv_frame * frame, const uint8_t * k, const uint8_t * v,
+                                     uint8_t * dst, int64_t n_dst, void * work, int64_t n_work);
+int64_t seqkv_delta_decode(const seqkv_layer * layer, const seqkv_layer * prev, const seqkv_predictor * pk,
+                                     const seqkv_predictor * pv, const seqkv_frame * frame, uint8_t * k, uint8_t * v,
+                                     const uint8_t * src, int64_t n_src, void * work, int64_t n_work);
+int64_t seqkv_weights_bound(int64_t n);
+int64_t seqkv_weights_encode(const int8_t * w, int64_t n, uint8_t * dst, int64_t n_dst, uint32_t * work);
+int64_t seqkv_weights_decode(const uint8_t * src, int64_t n_src, int8_t * w, int64_t n);

@@ -5,6 +5,7 @@ A profile is a GGUF file (architecture "seqkv-profile"); per layer with full att
   blk.%d.k_encode  f16 [n_head_kv, dk, dk]  transform of the keys of a frame
   blk.%d.v_mean    f32 [n_head_kv, dv]      mean of v
   blk.%d.v_scale   f32 [n_head_kv, dv]      scale of v before its Hadamard transform
+predictors of the lossless coder of stored frames (delta.py), which may be missing,
 and per type the bits of every layer's keys and values: seqkv.profile.seqkv3.k_bits, .v_bits (0: no such layer).
 It is tied to one model file by `seqkv.profile.model_id`, and never used with another.
 """
@@ -17,11 +18,14 @@ import os
 import sys
 import tempfile
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from . import __version__, llama
+import numpy as np
+
+from . import __version__, delta, llama
 from .design import LayerDesign, plan_bits
 from .dropin import KvOptions
 from .errors import ModelError, ProfileError, UsageError
@@ -167,6 +171,54 @@ class Measured:
     """as in `ProfileInfo`; empty: not measured"""
 
 
+def read_designs(path: Path) -> tuple[list[LayerDesign], tuple[dict[int, int], dict[int, int]]]:
+    """What a profile says of every layer, and the layers' bits of keys and values for seqkv3. Raises ProfileError."""
+    from gguf import GGUFReader
+
+    info = read_info(path)
+    reader = GGUFReader(path)
+    found = {t.name: np.array(t.data) for t in reader.tensors}
+    nan = float("nan")
+    try:
+        designs = [
+            LayerDesign(il, *(found[f"blk.{il}.{name}"] for name in ("k_mean", "k_encode", "v_mean", "v_scale")), nan, nan)
+            for il in range(info.n_layer) if f"blk.{il}.k_encode" in found
+        ]  # fmt: skip
+        bits = [reader.fields[f"seqkv.profile.seqkv3.{kind}_bits"].contents() for kind in ("k", "v")]
+        keys, values = ({d.layer: int(of[d.layer]) for d in designs} for of in bits)
+    except (KeyError, IndexError) as error:
+        raise ProfileError(f"{path} is damaged: {error} is missing") from None
+    return designs, (keys, values)
+
+
+def add_predictors(path: Path, layers: Mapping[int, delta.Layer]) -> None:
+    """Rewrite a profile with the predictors of the lossless coder (native/format.md), in place of those that it may have.
+
+    Atomically. Nothing that a cache is written with changes, so states and the profile's hash stay good. Raises OSError.
+    """
+    from gguf import GGUFReader, GGUFValueType, GGUFWriter
+
+    reader = GGUFReader(path)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
+    os.close(handle)
+    try:
+        writer = GGUFWriter(name, ARCHITECTURE)
+        for key, value in reader.fields.items():
+            if not key.startswith(("GGUF.", "seqkv.delta.")) and key != "general.architecture":
+                kind = value.types[0]
+                writer.add_key_value(key, value.contents(), kind, value.types[-1] if kind == GGUFValueType.ARRAY else None)
+        writer.add_uint32("seqkv.delta.version", delta.VERSION)
+        for tensor in reader.tensors:
+            if not tensor.name.startswith("delta.") and ".delta_" not in tensor.name:
+                writer.add_tensor(tensor.name, np.array(tensor.data))
+        for tensor_name, data in delta.tensors(layers).items():
+            writer.add_tensor(tensor_name, data)
+        _finish(writer, name, path)
+    except BaseException as error:
+        _undo(name, error)
+        raise
+
+
 def write(target: Path, model: Path, model_id: str, made: Measured) -> None:
     """Write a profile atomically (a temporary file beside `target`, then rename). Raises OSError, ModelError."""
     from gguf import GGUFWriter
@@ -197,16 +249,24 @@ def write(target: Path, model: Path, model_id: str, made: Measured) -> None:
             writer.add_tensor(f"blk.{layer.layer}.k_encode", layer.k_encode)
             writer.add_tensor(f"blk.{layer.layer}.v_mean", layer.v_mean)
             writer.add_tensor(f"blk.{layer.layer}.v_scale", layer.v_scale)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-        with open(name, "rb+") as file:
-            os.fsync(file.fileno())
-        os.chmod(name, 0o644)
-        os.replace(name, target)
+        _finish(writer, name, target)
     except BaseException as error:
-        Path(name).unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno is None:  # of numpy: "8192 requested and 48 written"
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from None
+        _undo(name, error)
         raise
+
+
+def _finish(writer: Any, name: str, target: Path) -> None:
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with open(name, "rb+") as file:
+        os.fsync(file.fileno())
+    os.chmod(name, 0o644)
+    os.replace(name, target)
+
+
+def _undo(name: str, error: BaseException) -> None:
+    Path(name).unlink(missing_ok=True)
+    if isinstance(error, OSError) and error.errno is None:  # of numpy: "8192 requested and 48 written"
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from None

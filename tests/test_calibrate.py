@@ -14,11 +14,12 @@ import harness as h
 import numpy as np
 import pytest
 import tiny
+from gguf import GGUFReader
 
 pytestmark = pytest.mark.skipif(not h.PATCHED, reason="needs the patched libraries")
 
 if h.PATCHED:
-    from seqkv_edge import calibrate, cli, design, llama, profile
+    from seqkv_edge import calibrate, cli, delta, design, llama, profile
     from seqkv_edge.dropin import KvOptions
     from seqkv_edge.engine import Model, open_model
     from seqkv_edge.errors import ModelError, UsageError
@@ -217,6 +218,28 @@ def test_command(capsys: pytest.CaptureFixture[str], tiny_path: Path, text_file:
     assert info.n_tokens == 1200 and info.quality.keys() == set(llama.OUR_TYPES)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.gguf", "b.gguf", "text.txt"]
     with open_model(tiny_path, ngl=0) as loaded:  # it is used
+        with loaded.context(llama.KvSpec("seqkv3", "seqkv3"), n_ctx=256, options=KvOptions(profile=str(tmp_path / "a.gguf"))) as context:
+            assert context.pointer and llama.library().handle.llama_seqkv_profile_bytes(context.pointer) > 0
+
+
+def test_predictors_are_added(capsys: pytest.CaptureFixture[str], tiny_path: Path, text_file: Path, tmp_path: Path) -> None:
+    """With a new profile or to one that is there; the live cache's part stays as it was, and the cache takes the file."""
+    ours = ("--model", tiny_path, "--text", text_file, "-o", tmp_path / "a.gguf")
+    assert run(capsys, *ours)[0] == 0
+    plain = (tmp_path / "a.gguf").read_bytes()
+    before = {t.name: np.array(t.data) for t in GGUFReader(tmp_path / "a.gguf").tensors}
+    assert delta.read(tmp_path / "a.gguf", "seqkv3") is None
+    status, out, err = run(capsys, *ours, "--predictors")
+    assert (status, err) == (0, "") and "predictors from " in out
+    after = {t.name: np.array(t.data) for t in GGUFReader(tmp_path / "a.gguf").tensors}
+    assert all(np.array_equal(after[name], data) for name, data in before.items())
+    for kv in llama.OUR_TYPES:
+        coder = delta.read(tmp_path / "a.gguf", kv)
+        assert coder is not None and coder.layers
+    status, out, _ = run(capsys, *ours[:-1], tmp_path / "b.gguf", "--predictors")
+    assert status == 0 and (tmp_path / "b.gguf").read_bytes() == (tmp_path / "a.gguf").read_bytes() != plain
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.gguf", "b.gguf", "text.txt"]
+    with open_model(tiny_path, ngl=0) as loaded:
         with loaded.context(llama.KvSpec("seqkv3", "seqkv3"), n_ctx=256, options=KvOptions(profile=str(tmp_path / "a.gguf"))) as context:
             assert context.pointer and llama.library().handle.llama_seqkv_profile_bytes(context.pointer) > 0
 
