@@ -78,6 +78,16 @@ SEQKV_API void seqkv_decode_value(int bits, const void * src, int head_dim, cons
 SEQKV_API void seqkv_attention(const float * q, const float * k, const float * v, const float * mask, int64_t n, int dk, int dv,
                                float scale, float softcap, const float * sink, float * out);
 
+// Token ids without a model: n ids of n_bits bits each (1..32), adaptive, integers alone: the same bytes on every machine. work is
+// memory of the caller's, of seqkv_tokens_work() bytes; its contents do not matter. n is at most SEQKV_TOKENS_MAX.
+// bound: bytes that suffice for any ids. encode returns the bytes written; decode gives n ids for any bytes (a checksum is
+// the caller's) and returns n. < 0: a status.
+#define SEQKV_TOKENS_MAX (1 << 27)
+SEQKV_API int64_t seqkv_tokens_work (int64_t n, int n_bits);
+SEQKV_API int64_t seqkv_tokens_bound(int64_t n, int n_bits);
+SEQKV_API int64_t seqkv_tokens_encode(const uint32_t * tokens, int64_t n, int n_bits, void * work, int64_t n_work, void * dst, int64_t n_dst);
+SEQKV_API int64_t seqkv_tokens_decode(const void * src, int64_t n_src, int n_bits, void * work, int64_t n_work, uint32_t * tokens, int64_t n);
+
 #ifdef __cplusplus
 }
 #endif

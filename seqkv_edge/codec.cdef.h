@@ -17,3 +17,9 @@ void seqkv_encode_value(int bits, const float * v, int head_dim, const float * m
 void seqkv_decode_value(int bits, const void * src, int head_dim, const float * mean, const float * scale, float * v);
 void seqkv_attention(const float * q, const float * k, const float * v, const float * mask, int64_t n, int dk, int dv,
                      float scale, float softcap, const float * sink, float * out);
+
+#define SEQKV_TOKENS_MAX 134217728
+int64_t seqkv_tokens_work(int64_t n, int n_bits);
+int64_t seqkv_tokens_bound(int64_t n, int n_bits);
+int64_t seqkv_tokens_encode(const uint32_t * tokens, int64_t n, int n_bits, void * work, int64_t n_work, void * dst, int64_t n_dst);
+int64_t seqkv_tokens_decode(const void * src, int64_t n_src, int n_bits, void * work, int64_t n_work, uint32_t * tokens, int64_t n);
