@@ -55,6 +55,9 @@ def _chat(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--repeat-penalty", type=float, default=1.0, metavar="X", help="over 64 tokens (default 1: off)"
     )
+    parser.add_argument("--session", metavar="NAME", help="save as it goes, and go on where this session ended")
+    parser.add_argument("--store", metavar="DIR", help="directory of the sessions (default: in the user's data directory)")
+    parser.add_argument("--store-size", default="4G", metavar="SIZE", help="what all sessions may take (default 4G)")
     _add_kv_options(parser)
 
 
@@ -112,6 +115,12 @@ def _fit(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
+def _session(parser: argparse.ArgumentParser) -> None:
+    from .manage import add_arguments
+
+    add_arguments(parser, _Parser)
+
+
 def _info(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON")
 
@@ -120,6 +129,7 @@ _COMMANDS = {
     "chat": (_chat, "chat with a model in the terminal, or answer one prompt"),
     "calibrate": (_calibrate, "make the profile of a model: what its keys and values look like"),
     "bench": (_bench, "measure memory, quality, speed"),
+    "session": (_session, "stored sessions: list, show, export, import, fork, rm, gc, verify"),
     "fit": (_fit, "largest context that fits in memory, per KV type"),
     "info": (_info, "versions, libraries, devices, types"),
 }
@@ -146,7 +156,8 @@ def _run(args: argparse.Namespace) -> int:
     llama.log.echo = args.debug
     if args.command == "fit":
         return _run_fit(args)
-    return int(import_module(f".{args.command}", __package__).run(args))
+    name = {"session": "manage"}.get(args.command, args.command)
+    return int(import_module(f".{name}", __package__).run(args))
 
 
 def _run_fit(args: argparse.Namespace) -> int:

@@ -143,15 +143,13 @@ def _types() -> dict[str, int]:
     """All types of the loaded library: names to ids."""
     loaded = llama.library()
     found = {}
-    for i in range(256):  # ours lie behind upstream's
-        name = loaded.handle.ggml_type_name(i) if i < int(loaded.api.GGML_TYPE_COUNT) else None
+    for i in range(int(loaded.api.GGML_TYPE_COUNT)):
+        name = loaded.handle.ggml_type_name(i)
         if name and loaded.handle.ggml_type_size(i):
             found[name.decode()] = i
-    i = 0
-    while loaded.patched and (name := loaded.handle.llama_seqkv_type_name(i)):
-        found[name.decode()] = int(loaded.handle.llama_seqkv_type(name))
-        i += 1
-    return found
+    for name in (f"seqkv{bits}{plan}" for bits in range(1, 5) for plan in ("", "k")) if loaded.patched else ():
+        found[name] = int(loaded.handle.llama_seqkv_type(name.encode()))
+    return {name: i for name, i in found.items() if i >= 0}
 
 
 def _row_type(type_: int, row_bytes: int) -> RowType:

@@ -424,17 +424,23 @@ class Store:
         found = {_chunk_name(id_, level) for id_, level in db.execute("SELECT id, level FROM nodes WHERE level IS NOT NULL")}
         return found | {row[0] for row in db.execute("SELECT tail FROM sessions WHERE tail IS NOT NULL")}
 
+    @staticmethod
+    def _is_known(db: sqlite3.Connection, name: str) -> bool:
+        stem, _, level = name.rpartition(".")
+        if level == "tail":
+            return db.execute("SELECT 1 FROM sessions WHERE tail = ? LIMIT 1", (name,)).fetchone() is not None
+        return db.execute("SELECT 1 FROM nodes WHERE id = ? AND level = ?", (bytes.fromhex(stem), level)).fetchone() is not None
+
     def _sweep(self, names: Iterable[str] | None = None) -> tuple[int, int]:
         """Unlink files (None: all) that no row mentions. Returns their number and bytes."""
         n = size = 0
         with self._change() as db:
-            known = self._known_files(db)
             if names is None:
-                paths = [p for p in self.chunks.glob("*/*") if p.is_file()]
                 # a write in progress holds the lock, so that temporary files are left-overs
-                paths = [p for p in paths if p.name not in known]
+                known = self._known_files(db)
+                paths = [p for p in self.chunks.glob("*/*") if p.is_file() and p.name not in known]
             else:
-                paths = [self._file(name) for name in set(names) if name not in known]
+                paths = [self._file(name) for name in set(names) if not self._is_known(db, name)]
             for path in paths:
                 with contextlib.suppress(FileNotFoundError):
                     size += path.stat().st_size
@@ -487,6 +493,15 @@ class Store:
             if session is not None:
                 self._move(db, session, id_, depth + 1)
         return id_
+
+    def find_same(self, context: int, parent: bytes | None, tokens: Sequence[int], chunk: Chunk) -> bytes | None:
+        """The node under `parent` with these tokens and this very chunk, if others may find it."""
+        address = address_of(parent, self.context_of(context).key, tokens)
+        with self._read() as db:
+            row = db.execute(
+                "SELECT id FROM nodes WHERE address = ? AND content = ? AND NOT private AND level IS NOT NULL", (address, _content(chunk))
+            ).fetchone()
+        return None if row is None else bytes(row[0])
 
     def _place(self, db: sqlite3.Connection, address: bytes, content: bytes, private: bytes) -> bytes:
         """The id under which a chunk belongs: that of the same bytes, or of a node that lost its own, or a new one."""
@@ -715,15 +730,13 @@ class Store:
     def set_coded(self, name: str, coder: str, coded: bytes, n_tokens: int) -> None:
         """Keep a session as coded tokens alone. The caller has verified that they decode. Its frames go unless others need them."""
         with self._change() as db:
-            row = db.execute("SELECT tail FROM sessions WHERE name = ?", (name,)).fetchone()
+            self._release(db, name)
             found = db.execute(
-                "UPDATE sessions SET node = NULL, tokens = x'', tail = NULL, tail_size = 0, coder = ?, coded = ?, n_tokens = ? WHERE name = ?",
+                "UPDATE sessions SET tokens = x'', tail = NULL, tail_size = 0, coder = ?, coded = ?, n_tokens = ? WHERE name = ?",
                 (coder, coded, n_tokens, name),
             )
             if not found.rowcount:
                 raise StoreError(f"there is no session {name!r} in {self.path}: 'session list' shows what there is")
-            self._drop_unused(db)
-        self._sweep(None if row is None else [row[0]] if row[0] else [])
         self._sweep()
 
     def fork(self, source: str, name: str, n_tokens: int | None = None, data: dict[str, Any] | None = None) -> None:
@@ -734,14 +747,14 @@ class Store:
         info = self.session(source)
         if self.find(name) is not None:
             raise StoreError(f"there is a session {name!r} already: choose another name, or remove it with 'session rm'")
-        with self._change() as db:
-            if n_tokens is None or n_tokens == info.n_tokens:
+        if n_tokens is None or n_tokens == info.n_tokens:
+            with self._change() as db:
                 db.execute(
                     "INSERT INTO sessions SELECT ?, context, node, tokens, tail, tail_size, tail_digest, tail_content, coder, coded, "
                     "n_tokens, ?, ?, ? FROM sessions WHERE name = ?",
                     (name, json.dumps(info.data if data is None else data), time.time(), time.time(), source),
                 )  # fmt: skip
-                return
+            return
         if not 0 <= n_tokens <= info.n_tokens:
             raise StoreError(f"session {source!r} has {info.n_tokens} tokens: it cannot be forked at {n_tokens}")
         tokens = self.tokens(info)[:n_tokens]
@@ -756,16 +769,37 @@ class Store:
         if self.locked(name):
             raise StoreError(f"session {name!r} is in use by another process: end that first")
         with self._change() as db:
-            db.execute("DELETE FROM sessions WHERE name = ?", (name,))
-            self._drop_unused(db)
+            self._delete(db, name)
         return self._sweep()[1]
 
-    def _drop_unused(self, db: sqlite3.Connection) -> int:
+    def _delete(self, db: sqlite3.Connection, name: str) -> None:
+        self._release(db, name)
+        db.execute("DELETE FROM sessions WHERE name = ?", (name,))
+
+    def _release(self, db: sqlite3.Connection, name: str, n_keep: int = 0) -> None:
+        """Cut a session's path to n_keep frames, and delete the nodes behind that no session needs."""
+        row = db.execute("SELECT node FROM sessions WHERE name = ?", (name,)).fetchone()
+        id_ = row[0] if row else None
+        path: list[bytes] = []
+        while id_ is not None:
+            path.append(id_)
+            parent = db.execute("SELECT parent FROM nodes WHERE id = ?", (id_,)).fetchone()
+            id_ = parent[0] if parent else None
+        path.reverse()
+        db.execute("UPDATE sessions SET node = ? WHERE name = ?", (path[n_keep - 1] if n_keep else None, name))
+        for id_ in reversed(path[n_keep:]):
+            needed = "SELECT 1 FROM nodes WHERE parent = ? UNION ALL SELECT 1 FROM sessions WHERE node = ? LIMIT 1"
+            if db.execute(needed, (id_, id_)).fetchone():
+                break
+            db.execute("DELETE FROM nodes WHERE id = ?", (id_,))
+
+    def _drop_unused(self, db: sqlite3.Connection, before: float) -> int:
+        """Delete nodes that no session needs and that were last used before a time: younger ones may be a session being loaded."""
         return db.execute(
-            "WITH RECURSIVE live(id) AS (SELECT node FROM sessions WHERE node IS NOT NULL UNION "
+            "WITH RECURSIVE live(id) AS (SELECT node FROM sessions WHERE node IS NOT NULL UNION SELECT id FROM nodes WHERE used >= ? UNION "
             "SELECT parent FROM nodes JOIN live ON nodes.id = live.id WHERE parent IS NOT NULL) "
-            "DELETE FROM nodes WHERE id NOT IN live"
-        ).rowcount
+            "DELETE FROM nodes WHERE id NOT IN live", (before,),
+        ).rowcount  # fmt: skip
 
     # --- size and policy ---
 
@@ -806,15 +840,15 @@ class Store:
             for id_, node in nodes.items()
         }
 
-    def gc(self, limit: int | None = None) -> Removed:
-        """Remove what no session needs; with a limit (bytes), degrade what is worth least until the store fits.
+    def gc(self, limit: int | None = None, *, grace: float = 600.0) -> Removed:
+        """Remove what no session has needed for `grace` seconds; with a limit (bytes), degrade what is worth least until the store fits.
 
         First chunks go (tails, and leaves before their parents), their tokens stay; sessions that lost chunks keep their tokens coded;
         then whole sessions go. What a session in use needs is never touched.
         """
         before = self.bytes()
         with self._change() as db:
-            n_nodes = self._drop_unused(db)
+            n_nodes = self._drop_unused(db, time.time() - grace)
         n_chunks = n_tails = n_coded = n_sessions = 0
         if limit is not None and self.bytes() > limit:
             n_chunks, n_tails = self._drop_chunks(limit)
@@ -895,12 +929,14 @@ class Store:
             if tokens.decode(coded) != found:
                 raise StoreError(f"the tokens of session {info.name!r} do not survive coding: they were kept as they are")
             with self._change() as db:
-                db.execute(
-                    "UPDATE sessions SET node = ?, tokens = x'', tail = NULL, tail_size = 0, coder = 'adaptive', coded = ? "
-                    "WHERE name = ? AND node = ?", (path[kept - 1].id if kept else None, coded, info.name, info.node),
-                )  # fmt: skip
+                found_row = db.execute(
+                    "UPDATE sessions SET tokens = x'', tail = NULL, tail_size = 0, coder = 'adaptive', coded = ? WHERE name = ? AND node = ?",
+                    (coded, info.name, info.node),
+                )
+                if not found_row.rowcount:
+                    continue  # changed meanwhile
+                self._release(db, info.name, kept)
                 self._event(db, f"session {info.name}", f"frames {kept} to {len(path) - 1} are kept as tokens: their chunks were dropped")
-                self._drop_unused(db)
             n += 1
         return n
 
@@ -912,8 +948,7 @@ class Store:
             if self.locked(info.name):
                 continue
             with self._change() as db:
-                db.execute("DELETE FROM sessions WHERE name = ?", (info.name,))
-                self._drop_unused(db)
+                self._delete(db, info.name)
                 self._event(db, f"session {info.name}", f"removed: the store was over its size of {limit:,} bytes, and this was used least recently")
             with self._lock, self._explained(), contextlib.suppress(sqlite3.OperationalError):
                 self.db.execute("VACUUM")
