@@ -85,17 +85,16 @@ def read_frame(context: Context, index: int, n_sink: int) -> Chunk:
     return state.to_chunk(state.Piece(piece.layout, piece.positions, piece.offsets, piece.k, piece.v, sinks))
 
 
-def read_end(context: Context, n_sink: int, n_window: int) -> Chunk:
-    """The chunk of the positions behind the last whole frame, with all exact rows that the sequence holds."""
+def read_end(context: Context, n_sink: int, n_window: int) -> Chunk | None:
+    """The chunk of the positions behind the last whole frame, with all exact rows that the sequence holds. None: there are neither."""
     n, start = context.n_past, context.n_past // FRAME * FRAME
     first = max(0, min(start, n - n_window))
-    piece = state.read_range(context.pointer, first, n, exact=True) if first < n else None
-    exact = [] if piece is None else [piece.exact]
-    if piece is not None and first > 0 and n_sink > 0:
-        sinks = state.read_range(context.pointer, 0, min(first, n_sink), exact=True).exact
-        exact.insert(0, sinks)
-    if piece is None:
-        raise StateError("an empty cache has no end")
+    if first == n:
+        return None
+    piece = state.read_range(context.pointer, first, n, exact=True)
+    exact = [piece.exact]
+    if first > 0 and n_sink > 0:
+        exact.insert(0, state.read_range(context.pointer, 0, min(first, n_sink), exact=True).exact)
     rows = slice(start - first, None)
     both = Exact(
         np.concatenate([e.positions for e in exact]), np.concatenate([e.slots for e in exact]),
