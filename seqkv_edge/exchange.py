@@ -9,6 +9,7 @@ An imported frame is private: other sessions never find it by its tokens, since 
 from __future__ import annotations
 
 import json
+import math
 import os
 import struct
 from pathlib import Path
@@ -101,7 +102,7 @@ def _import(store: Store, file: BinaryIO, path: Path, name: str | None) -> str:
         n_tokens = header["n_tokens"]
         if not isinstance(data, dict) or not isinstance(frames, list) or not isinstance(n_tokens, int) or not isinstance(header["name"], str):
             raise bad
-        if data and _check_conversation({k: v for k, v in data.items() if k != "turns"} | {}) is None:
+        if "messages" in data and _check_conversation(data) is None:
             raise bad
         if len(frames) * FRAME > n_tokens or n_tokens > left // 4:
             raise bad
@@ -120,6 +121,8 @@ def _import(store: Store, file: BinaryIO, path: Path, name: str | None) -> str:
             frame_tokens = tokens[FRAME * i : FRAME * (i + 1)]
             chunk = unpack_chunk(part, "raw", identity.layout, frame_tokens)
             surprisal = Surprisal(float(frame["bits"]), int(frame["n_bits"]))
+            if not (math.isfinite(surprisal.bits) and 0 <= surprisal.n <= FRAME):
+                raise bad
             same = store.find_same(context, parent, frame_tokens, chunk)
             parent = same or store.put(context, parent, frame_tokens, chunk, surprisal=surprisal, private=b"imported")
         rest, end = tokens[FRAME * len(frames) :], None
