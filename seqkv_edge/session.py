@@ -12,6 +12,7 @@ import queue
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -72,9 +73,13 @@ def identify(context: Context, salt: str = "") -> Identity:
     finally:
         if empty:
             context.clear()
-    model = context.model
-    rope = state.rope_digest(context.pointer, model.meta.n_layer).hex()
-    return Identity(fingerprint(model.path), model.path.name, str(context.kv), rope, layout, salt)
+    assert context.pointer
+    return identity_of(context.pointer, context.model.path, context.model.meta.n_layer, str(context.kv), layout, salt)
+
+
+def identity_of(pointer: int, path: Path, n_layer: int, kv: str, layout: Layout, salt: str = "") -> Identity:
+    """The identity of a llama_context whose layout is known. kv: a name for people; the layout tells types apart."""
+    return Identity(fingerprint(path), path.name, kv, state.rope_digest(pointer, n_layer).hex(), layout, salt)
 
 
 def read_frame(context: Context, index: int, n_sink: int) -> Chunk:

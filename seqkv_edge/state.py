@@ -243,6 +243,13 @@ def parse(data: bytes | bytearray | memoryview) -> Piece:
     return piece
 
 
+def part(piece: Piece, first: int, end: int) -> Piece:
+    """Rows first..end-1 of a piece, without exact rows."""
+    rows = slice(first, end)
+    k, v = (tuple(r[rows] for r in rows_of) for rows_of in (piece.k, piece.v))
+    return Piece(piece.layout, piece.positions[rows], piece.offsets[rows], k, v, Exact.none(piece.layout))
+
+
 def to_chunk(piece: Piece, keep_exact: bool = True) -> Chunk:
     """The bytes of a piece. keep_exact: False leaves the exact rows out."""
     exact = piece.exact if keep_exact else Exact.none(piece.layout)

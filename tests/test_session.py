@@ -455,3 +455,54 @@ def test_an_answer_cut_by_a_kill_is_kept(default, tmp_path):
     with Store(path) as store:
         copy = fork(store, "a", "b", -1)
         assert copy.n_tokens == store.session("a").n_tokens
+
+
+# --- llama-cpp-python's cache ---
+
+
+@pytest.mark.model
+def test_llama_cpp_python_cache(tmp_path):
+    from llama_cpp import Llama
+
+    import seqkv_edge
+    from seqkv_edge.llama_cache import StoreCache
+
+    def load() -> Llama:
+        kv = seqkv_edge.kv("seqkv3")
+        return Llama(str(model.default_model()), n_ctx=1024, n_batch=256, n_threads=1, verbose=False, **kv)
+
+    long = "The sea is large. " * 60
+    asked: list[int] = []
+
+    def complete(llm: Llama, prompt: str) -> str:
+        before = llm.eval
+        asked.clear()
+        llm.eval = lambda t: (asked.extend(t), before(t))
+        try:
+            return llm(prompt, max_tokens=12, temperature=0)["choices"][0]["text"]
+        finally:
+            del llm.eval
+
+    llm = load()
+    llm.set_cache(StoreCache(llm, tmp_path / "s"))
+    first = complete(llm, long + "Ships")
+    n_prompt = len(llm.tokenize((long + "Ships").encode()))
+    assert len(asked) >= n_prompt
+    again = complete(llm, long + "Ships" + first + " and")
+    assert len(asked) < 40
+    llm.close()
+    with Store(tmp_path / "s") as store:
+        assert store.verify() == [] and len(store.sessions()) == 1  # the longer state holds the shorter
+
+    # another process would find the same
+    llm = load()
+    cache = StoreCache(llm, tmp_path / "s")
+    llm.set_cache(cache)
+    tokens = llm.tokenize((long + "Other").encode())
+    assert tokens in cache and [5, 6, 7] not in cache
+    assert complete(llm, long + "Other")
+    assert len(asked) < 12 + 64 + 64 + 10
+    assert complete(llm, long + "Ships" + first + " and") == again
+    llm.close()
+    with pytest.raises(KeyError):
+        cache[[5, 6, 7]]
