@@ -40,7 +40,7 @@ class StoreCache(BaseLlamaCache):
         are not stored; StateError for a context made without flash attention and with types that need it (f16: flash_attn=True).
         """
         super().__init__(capacity_bytes)
-        if llm.scores.shape[0] >= llm.n_ctx() > llm.n_batch:
+        if llm._logits_all:
             raise UsageError("a Llama with logits_all=True cannot use this cache: logits are not stored")
         self.llm, self.store = llm, Store(default_path() if path is None else path)
         empty = llm.n_tokens == 0
