@@ -26,7 +26,7 @@ from .session import Session, identify, read_end, read_frame, window_of
 from .state import FRAME
 from .store import CODERS, Store, pack_tokens
 
-CONTINUED = 32
+CONTINUED = 256
 """tokens that are compared behind a restored state"""
 
 
@@ -53,7 +53,7 @@ class StoreRow:
     prefill_tps: float | None = None
     """evaluating the same tokens"""
     same_logits: bool | None = None
-    """whether the restored context went on with the live one's logits, bit for bit, for 32 tokens"""
+    """whether the restored context went on with the live one's logits, bit for bit, for 256 tokens"""
     tokens_bits: float | None = None
     """bits a token"""
     dedup_ratio: float | None = None
@@ -79,7 +79,7 @@ class _Bench:
         self.f16 = 2.0 * sum(layer.k_values + layer.v_values for layer in loaded.meta.layers)
 
     def context(self) -> Context:
-        n_ctx = self.n + 256
+        n_ctx = self.n + CONTINUED
         settings = {"n_ctx": n_ctx, "n_batch": self.args.batch, "threads": self.args.threads, "force": self.args.force}
         return self.loaded.context(self.kv, options=self.options if self.kv.ours else None, **settings)
 

@@ -138,7 +138,7 @@ _COMMANDS = {
     "chat": (_chat, "chat with a model in the terminal, or answer one prompt"),
     "calibrate": (_calibrate, "make the profile of a model: what its keys and values look like"),
     "bench": (_bench, "measure memory, quality, speed"),
-    "session": (_session, "stored sessions: list, show, export, import, fork, rm, gc, verify"),
+    "session": (_session, "stored sessions: list, show, export, import, fork, pack, rm, gc, verify"),
     "fit": (_fit, "largest context that fits in memory, per KV type"),
     "info": (_info, "versions, libraries, devices, types"),
 }

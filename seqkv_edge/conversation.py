@@ -157,11 +157,11 @@ class Conversation:
         self.messages.append({"role": "user", "content": text})
         try:
             plan = self._make_room(n_predict)
+            self.rendered, self.pending = b"", []  # until the prompt is in: reuse by tokens only
             reused = self.find_prefix(plan.tokens, plan.reused)
             context.keep(reused)
             todo = plan.tokens[reused:]
             self.prefilled = len(todo)
-            self.rendered, self.pending = b"", []  # until the prompt is in: reuse by tokens only
             self.changed()
             context.evaluate(todo, progress(len(todo)) if progress else None)
             self.rendered = self.template.render(self.messages)

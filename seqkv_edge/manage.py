@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from . import bench, exchange, fit, session
-from .errors import UsageError
+from .errors import StoreError, UsageError
 from .state import FRAME
 from .store import Node, SessionInfo, Store, default_path
 
@@ -139,7 +139,7 @@ def _show(store: Store, args: argparse.Namespace) -> int:
         ends = [d["name"] for d in sessions if d["name"] in segment["sessions"] and _ends_here(store, d["name"], segment)]
         for name in ends:
             info = store.session(name)
-            text += f"  <- {name}" + (f" + {info.tail_size and len(info.tail_tokens)} tokens" if info.tail_tokens else "")
+            text += f"  <- {name}" + (f" + {len(info.tail_tokens)} tokens" if info.tail_tokens else "")
         if args.why:
             text += f"; worth {segment['score']:.3g} a byte: {len(segment['sessions'])} sessions, found {segment['hits']} times"
         branches[segment["id"]] = branches.get(segment["parent"], root).add(text)
@@ -216,6 +216,37 @@ def _fork(store: Store, args: argparse.Namespace) -> int:
     return 0
 
 
+def _pack(store: Store, args: argparse.Namespace) -> int:
+    from . import model, model_coder
+    from . import tokens as adaptive
+    from .engine import open_model
+    from .gguf_meta import fingerprint
+
+    info = store.session(args.name)
+    lock = store.lock(args.name)
+    if not lock.take():
+        raise StoreError(f"session {args.name!r} is in use by another process: end that first")
+    try:
+        if args.adaptive:
+            found = store.tokens(info)
+            coder, coded = "adaptive", adaptive.encode(found)
+            if adaptive.decode(coded) != found:
+                raise StoreError(f"the tokens of session {args.name!r} do not survive coding: they were kept as they are")
+        else:
+            file = model.resolve(args.model)
+            identity = store.context_of(info.context)
+            if fingerprint(file) != identity.model_id:
+                raise UsageError(f"session {args.name!r} is of {identity.model_name}, not of {file.name}: give its model with --model")
+            with open_model(file, ngl=args.ngl) as loaded, bench.progress_bar("coding, then decoding", 2 * info.n_tokens) as advance:
+                found = store.tokens(info, lambda data: model_coder.decode(loaded, data, threads=args.threads))
+                coder, coded = "model", model_coder.encode(loaded, found, advance, threads=args.threads)
+        store.set_coded(args.name, coder, coded, len(found))
+    finally:
+        lock.free()
+    print(f"session {args.name!r}: {len(found)} tokens in {len(coded):,} bytes, {8 * len(coded) / max(1, len(found)):.2f} bits each")
+    return 0
+
+
 def _rm(store: Store, args: argparse.Namespace) -> int:
     for name in args.name:
         store.session(name)
@@ -224,7 +255,7 @@ def _rm(store: Store, args: argparse.Namespace) -> int:
 
 
 def _gc(store: Store, args: argparse.Namespace) -> int:
-    removed = store.gc(None if args.store_size is None else fit.parse_size(args.store_size), grace=0.0)
+    removed = store.gc(args.limit, grace=0.0)
     if args.json:
         print(json.dumps(asdict(removed)))
         return 0
@@ -248,7 +279,7 @@ def _verify(store: Store, args: argparse.Namespace) -> int:
 
 
 _ACTIONS: dict[str, Callable[[Store, argparse.Namespace], int]] = {
-    "list": _list, "show": _show, "export": _export, "import": _import, "fork": _fork, "rm": _rm, "gc": _gc, "verify": _verify,
+    "list": _list, "show": _show, "export": _export, "import": _import, "fork": _fork, "pack": _pack, "rm": _rm, "gc": _gc, "verify": _verify,
 }  # fmt: skip
 
 
@@ -261,6 +292,7 @@ def add_arguments(parser: argparse.ArgumentParser, parser_class: type) -> None:
         "export": "write a session to one file",
         "import": "add a session from a file",
         "fork": "a new session that begins like another, up to a turn of it",
+        "pack": "keep a session as tokens alone, coded with its model's probabilities (an evaluation of each token, twice)",
         "rm": "remove sessions, and the frames that no other one needs",
         "gc": "remove what no session needs; with --store-size, degrade what is worth least until the store fits",
         "verify": "compare everything with its checksums (status 1: something is damaged)",
@@ -287,11 +319,19 @@ def add_arguments(parser: argparse.ArgumentParser, parser_class: type) -> None:
             kind.add_argument("name", metavar="NAME")
             kind.add_argument("new", metavar="NEW")
             kind.add_argument("--turn", type=int, metavar="N", help="1: after the first answer, -1: after the last (default: all of it)")
+        elif name == "pack":
+            kind.add_argument("name", metavar="NAME")
+            kind.add_argument("--adaptive", action="store_true", help="without the model: about twice the size, at once, decodable everywhere")
+            kind.add_argument("--model", metavar="FILE.gguf", help="the session's model (default: SmolLM2-135M-Instruct)")
+            kind.add_argument("--ngl", type=int, metavar="N", help="layers on the GPU")
+            kind.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all)")
         elif name == "gc":
             kind.add_argument("--store-size", metavar="SIZE", help="for example 2G")
 
 
 def run(args: argparse.Namespace) -> int:
     """The command. Returns the exit status."""
+    if args.what == "gc":
+        args.limit = None if args.store_size is None else fit.parse_size(args.store_size)
     with open_store(args.store, create=args.what == "import") as store:
         return _ACTIONS[args.what](store, args)

@@ -26,6 +26,7 @@ from .tokens import digest
 N_CTX = 2048
 """tokens of context; when it is full, its second half is evaluated again as a new beginning"""
 KV = "f16"
+"""cache of the contexts that code"""
 _TOTAL = 1 << 30  # frequencies add up to about this
 _CHECK = 64  # tokens between check bytes
 _VERSION = 1
@@ -168,7 +169,8 @@ def decode(model: Model, data: bytes, progress: Progress | None = None, *, threa
     if data[at : at + 16].hex() != fingerprint(model.path):
         raise StoreError(f"these tokens were coded with the probabilities of another model than {model.path.name}")
     n, expected = struct.unpack("<I8s", data[at + 16 : at + 28])
-    if not n_ctx.isdigit() or not 0 < int(n_ctx) <= 1 << 24 or n > (len(data) - at - 28 + 1) << 20:
+    # a check byte after 64 tokens is the least that they cost
+    if kv != KV or not n_ctx.isdigit() or not 0 < int(n_ctx) <= N_CTX + 256 or n > (len(data) - at - 28 + 8) * 64:
         raise bad
     coder = Decoder(data[at + 28 :])
     tokens: list[int] = []

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import queue
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from . import state
-from .conversation import Conversation
+from .conversation import Conversation, common_prefix
 from .engine import Context
 from .errors import DamagedError, SeqkvError, StateError, StoreError
 from .gguf_meta import fingerprint
@@ -132,7 +133,12 @@ class Session:
         self.n_sink, self.n_window = window_of(self.identity.layout)
         self.id = store.context(self.identity)
         self._lock = store.lock(name)
-        if not self._lock.take():
+        try:
+            # a moment of patience: others test the lock by taking it
+            taken = any(self._lock.take() or time.sleep(0.05) for _ in range(10))
+        except OSError as error:
+            raise StoreError(f"the session store {store.path} cannot be used ({error.strerror or error}): make it writable, or use another --store") from None
+        if not taken:
             raise StoreError(f"session {name!r} is in use by another process: end that, or use another --session")
         self.failed: SeqkvError | None = None
         """why saving has stopped"""
@@ -331,8 +337,12 @@ class Session:
             n += n_tail
         if n:
             moved_from = moved_from if moved_from is not None and moved_from < n else None
-            self.context.set_state(state.build(self.identity.layout, pieces, tokens[:n], exact), tokens[:n], moved_from)
-        else:
+            try:
+                self.context.set_state(state.build(self.identity.layout, pieces, tokens[:n], exact), tokens[:n], moved_from)
+            except StateError as error:
+                self.say(f"{error}: its {len(tokens)} tokens are evaluated again")
+                n, chunks, tail = 0, [], None
+        if not n:
             self.context.clear()
         ids = [node.id for node in path[: len(chunks)]]
         self._queue.put(_Path(ids))
@@ -351,10 +361,9 @@ class Session:
             if FRAME * (len(path) - 1) <= reused + FRAME:
                 return reused
             self._restore(tokens[: FRAME * len(path)], path, None, None)
-        except StateError as error:
+        except (StateError, StoreError) as error:
             self.say(f"stored frames could not be used: {error}")
-            return reused if self.context.n_past >= reused else 0
-        return self.context.n_past
+        return min(common_prefix(tokens, self.context.tokens), len(tokens) - 1)
 
 
 class ChatSession:

@@ -341,7 +341,7 @@ def read_range(context: int, first: int, end: int, *, exact: bool) -> Piece:
     def call(buffer: Any, size: int) -> int:
         n = int(function(context, 0, first, end, exact, buffer, size, err, len(err)))
         if n < 0:
-            raise StateError(f"the cache cannot be read for storing: {err.value.decode('utf-8', 'replace')}")
+            raise StateError(f"this context's sessions cannot be stored: {err.value.decode('utf-8', 'replace')} (chat without --session)")
         return n
 
     size = call(None, 0)

@@ -15,11 +15,11 @@ import harness
 import numpy as np
 import pytest
 
-from seqkv_edge import cli, exchange, llama, manage, model, state
+from seqkv_edge import cli, exchange, llama, manage, model, model_coder, state
 from seqkv_edge.conversation import Conversation
 from seqkv_edge.dropin import KvOptions
 from seqkv_edge.engine import Context, Model, Sampling, open_model
-from seqkv_edge.errors import StoreError
+from seqkv_edge.errors import SeqkvError, StoreError
 from seqkv_edge.session import ChatSession, Session, fork, identify, read_end, read_frame
 from seqkv_edge.state import FRAME
 from seqkv_edge.store import Store
@@ -224,6 +224,16 @@ def test_another_window_type_or_model_is_evaluated_again(tiny, store):
     assert store.session("a").n_tokens == 200
 
 
+def test_another_model_is_said(tiny, store, tmp_path):
+    saved(tiny, store, "a", text(200))
+    with open_model(harness.Models(tmp_path).path("llama-d128"), ngl=0) as other, new(other) as context, Session(store, "a", context) as session:
+        said: list[str] = []
+        session.say = said.append
+        assert session.load() is not None and context.n_past == 0  # the conversation is evaluated with the next question
+        assert len(said) == 1 and "llama.gguf" in said[0]
+        session.failed = StoreError("not saved over")
+
+
 def test_a_damaged_chunk_is_evaluated_again(tiny, store):
     expected = saved(tiny, store, "a", text(300))
     path = store.path_to(store.session("a").node)
@@ -390,6 +400,87 @@ def test_state_pieces_are_the_whole_state(tiny):
         for cut in (0, 7, 8, 60, 100, len(whole) // 2, len(whole) - 1):
             with pytest.raises(state.StateError):
                 state.parse(bytes(whole[:cut]))
+
+
+# --- coding with the model's probabilities ---
+
+
+def test_model_coder_gives_back_any_tokens(tiny):
+    rng = np.random.default_rng(2)
+    n_ctx, model_coder.N_CTX = model_coder.N_CTX, 256  # so that the context fills up
+    try:
+        for ids in ([], [5], text(40), rng.integers(0, tiny.n_vocab, 700).tolist()):
+            coded = model_coder.encode(tiny, ids, threads=1)
+            assert model_coder.decode(tiny, coded, threads=1) == ids
+    finally:
+        model_coder.N_CTX = n_ctx
+    with pytest.raises(StoreError, match="cannot be coded"):
+        model_coder.encode(tiny, [tiny.n_vocab])
+
+
+def test_model_coder_comes_close_to_the_entropy(tiny):
+    """Tokens drawn from the model itself: the bits of its probabilities, and a check byte after 64 tokens."""
+    rng, ids, bits = np.random.default_rng(3), [], 0.0
+    with tiny.context(llama.KvSpec.parse("f16"), n_ctx=1024, threads=1, force=True) as context:
+        source = model_coder._distributions(context)
+        table = next(source)
+        for _ in range(512):
+            token = int(np.searchsorted(table, rng.integers(table[-1]), "right")) - 1
+            bits -= np.log2((table[token + 1] - table[token]) / table[-1])
+            ids.append(token)
+            table = source.send(token)
+    size = 8 * (len(model_coder.encode(tiny, ids, threads=1)) - len(model_coder.encode(tiny, [], threads=1)))
+    assert bits + 512 / 64 * 8 - 1 < size < bits + 512 / 64 * 8 + 16
+
+
+def test_other_probabilities_are_noticed(tiny, monkeypatch):
+    """A backend that computes a little differently decodes something else, and that is said."""
+    ids = text(300)
+    coded = model_coder.encode(tiny, ids, threads=1)
+    exact = model_coder.frequencies
+    monkeypatch.setattr(model_coder, "frequencies", lambda logits: exact(logits * np.float32(1 + 2e-6)))
+    with pytest.raises(StoreError, match="another backend"):
+        model_coder.decode(tiny, coded, threads=1)
+    # what does not survive is never returned
+    calls = iter(range(10**6))
+    monkeypatch.setattr(model_coder, "frequencies", lambda logits: exact(logits * np.float32(1 + 1e-6 * (next(calls) > 400))))
+    with pytest.raises(StoreError):
+        model_coder.encode(tiny, ids, threads=1)
+
+
+def test_damaged_model_codes(tiny):
+    ids = text(130)
+    coded = model_coder.encode(tiny, ids, threads=1)
+    rng = np.random.default_rng(4)
+    for n in (0, 1, 5, 20, 40, len(coded) - 3):
+        with pytest.raises(StoreError):
+            model_coder.decode(tiny, coded[:n], threads=1)
+    for _ in range(12):
+        bad = bytearray(coded)
+        bad[rng.integers(len(bad) - 2)] ^= 1 << rng.integers(8)
+        try:
+            assert model_coder.decode(tiny, bytes(bad), threads=1) == ids
+        except SeqkvError as error:
+            assert "\n" not in str(error)
+
+
+def test_a_packed_session(tiny, store, capsys):
+    saved(tiny, store, "a", text(200))
+    saved(tiny, store, "b", text(200) + text(5, 3))
+    size = store.bytes()
+    where = ["--store", str(store.path), "--model", str(tiny.path)]
+    assert cli.main(["session", "pack", "b", *where, "--threads", "1"]) == 0
+    assert cli.main(["session", "pack", "a", *where, "--adaptive"]) == 0
+    assert "bits each" in capsys.readouterr().out
+    assert store.bytes() < size and store.nodes() == [] and not list(store.chunks.glob("*/*"))
+    assert store.session("b").coder == "model"
+    with pytest.raises(StoreError, match="open it with that model"):
+        store.tokens(store.session("b"))
+    for name, ids in (("a", text(200)), ("b", text(200) + text(5, 3))):
+        with new(tiny) as context, Session(store, name, context) as session:
+            session.load()
+            assert context.tokens == ids
+        assert store.session(name).coder is None
 
 
 # --- chats, with the default model ---

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import resource
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -23,6 +23,7 @@ from seqkv_edge.errors import DamagedError, SeqkvError, StoreError
 from seqkv_edge.state import FRAME, Chunk, Layout, RowType
 from seqkv_edge.store import VERSION, Identity, Store, Surprisal, check_name, pack_chunk, unpack_chunk
 
+resource = pytest.importorskip("resource", reason="POSIX alone")
 ROOT = Path(__file__).resolve().parents[1]
 ROW = RowType("seqkv3", 25, 64)
 LAYOUT = Layout((ROW, ROW), (ROW, ROW), b"")
@@ -257,8 +258,9 @@ def test_tokens_survive_degrading(store):
 # --- faults ---
 
 
-def test_a_flipped_bit_in_each_chunk(store):
-    ids = fill(store, "a", list(range(20)))
+@pytest.mark.parametrize("n", [40, pytest.param(1000, marks=pytest.mark.slow)])
+def test_a_flipped_bit_in_each_chunk(store, n):
+    ids = fill(store, "a", list(range(n)))
     rng = np.random.default_rng(3)
     for id_ in ids:
         file = store._file(f"{id_.hex()}.raw")
@@ -272,7 +274,7 @@ def test_a_flipped_bit_in_each_chunk(store):
         assert "evaluated again" in one_line(error)
         assert store.node(id_).level is None  # never used again
     assert store.longest_prefix(store.context(identity()), frame(0)) == []
-    assert fill(store, "a", list(range(20))) == ids  # made again
+    assert fill(store, "a", list(range(n))) == ids  # made again
     assert store.verify() == []
 
 
@@ -413,10 +415,11 @@ def check_written(store: Store, name: str, seed: int, least: int) -> int:
     return len(path)
 
 
-def test_kill_at_random_points(tmp_path):
+@pytest.mark.parametrize("n", [12, pytest.param(200, marks=pytest.mark.slow)])
+def test_kill_at_random_points(tmp_path, n):
     rng = np.random.default_rng(11)
     seen = []
-    for i in range(12):
+    for i in range(n):
         process = writer(tmp_path / "s", i, f"n{i}", 3000)
         assert process.stdout
         process.stdout.readline()
@@ -643,14 +646,34 @@ def tokens_or_none(data: bytes) -> list[int] | None:
 
 
 @pytest.mark.model
-def test_bits_of_english():
+def test_bits_of_english_and_a_megabyte_of_everything():
     from seqkv_edge import calibrate, model
     from seqkv_edge.engine import open_model
 
+    rng = np.random.default_rng(6)
+    emoji = "".join(chr(c) for c in rng.integers(0x1F300, 0x1F6FF, 20_000))
+    sources = "".join(p.read_text("utf-8") for folder in ("seqkv_edge", "native", "tests") for p in sorted((ROOT / folder).rglob("*.[chp][py]*")) if p.is_file())
+    noise = rng.bytes(300_000).decode("latin-1")
+    everything = calibrate.default_text() + sources + emoji + noise
     with open_model(model.default_model(), ngl=0) as loaded:
-        text = calibrate.default_text()
-        english = loaded.tokenize((ROOT / "docs" / "decisions.md").read_text("utf-8"), add_special=False, parse_special=False)
-        mixed = loaded.tokenize(text if isinstance(text, str) else str(text), add_special=False, parse_special=False)
+        english = loaded.tokenize(calibrate.documentation(), add_special=False, parse_special=False)
+        mixed = loaded.tokenize(everything, add_special=False, parse_special=False)
+    assert len(everything.encode()) > 1_000_000
+    assert tokens.decode(tokens.encode(mixed)) == mixed
     assert len(english) >= 4096
     assert 8 * len(tokens.encode(english[:4096])) / 4096 < 11
-    assert tokens.decode(tokens.encode(mixed)) == mixed
+
+
+def test_token_coder_under_sanitizers(tmp_path):
+    """A few seconds of tests/fuzz/tokens.c: faults, leaks, and ids that do not come back abort it."""
+    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    if compiler is None:
+        pytest.skip("no C compiler")
+    flags = ["-g", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover", f"-I{ROOT / 'native'}"]
+    sources = [str(ROOT / "tests" / "fuzz" / "tokens.c"), str(ROOT / "native" / "tokens.c")]
+    built = subprocess.run([compiler, *flags, *sources, "-o", str(tmp_path / "fuzz")], capture_output=True, text=True, check=False)
+    if built.returncode and "sanitize" in built.stderr:
+        pytest.skip("this compiler has no sanitizers")
+    assert built.returncode == 0, built.stderr
+    done = subprocess.run([str(tmp_path / "fuzz"), "3"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and int(done.stdout.split()[0]) > 20, done.stderr

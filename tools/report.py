@@ -4,7 +4,7 @@
     python tools/report.py            # rewrite the tables
     python tools/report.py --check    # exit 1 if a table is not what its JSON gives
 
-A table stands between the lines  <!-- table NAME -->  and  <!-- end -->; NAME is quality, quality_f32, speed, memory, or one of the commands of
+A table stands between the lines  <!-- table NAME -->  and  <!-- end -->; NAME is quality, quality_f32, speed, store, memory, or one of the commands of
 tools/quality_checks.py.
 """
 from __future__ import annotations
@@ -53,6 +53,21 @@ def speed() -> str:
     ]  # fmt: skip
     n = rows[0]["n_prefill"]
     return table(["KV cache"] + [f"{m} at {d:,}" for m in ("decode", f"prefill {n}") for d in depths] + ["us per 1,000 cached"], body)
+
+
+def store() -> str:
+    def cell(value: float | None, form: str) -> str:
+        return "" if value is None else format(value, form)
+
+    body = [
+        [
+            r["kv"] if r["kv"] != "-" else "", r["tier"], f"{r['bytes_per_token']:,.{0 if r['bytes_per_token'] > 100 else 2}f}", f"{r['ratio_to_f16']:,.1f}",
+            cell(r["tokens_bits"], ".2f"), cell(r["save_tps"], ",.0f"), cell(r["restore_tps"], ",.0f"), cell(r["prefill_tps"], ",.0f"),
+            {None: "", True: "yes", False: "no"}[r["same_logits"]],
+        ]
+        for r in json.loads((ROOT / "docs/store.json").read_text())
+    ]  # fmt: skip
+    return table(["KV cache", "tier", "bytes/token", "f16 /", "bits/token", "save, tokens/s", "restore", "prefill", "same logits"], body)
 
 
 def memory() -> str:
@@ -104,7 +119,7 @@ def retrieval() -> str:
 
 
 TABLES = {
-    "quality": quality, "quality_f32": lambda: quality("quality-f32.json"), "speed": speed, "memory": memory, "drift": drift, "texts": texts, "outliers": outliers, "greedy": greedy, "retrieval": retrieval,
+    "quality": quality, "quality_f32": lambda: quality("quality-f32.json"), "speed": speed, "store": store, "memory": memory, "drift": drift, "texts": texts, "outliers": outliers, "greedy": greedy, "retrieval": retrieval,
 }  # fmt: skip
 
 
