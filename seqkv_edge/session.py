@@ -140,6 +140,8 @@ class Session:
             raise StoreError(f"the session store {store.path} cannot be used ({error.strerror or error}): make it writable, or use another --store") from None
         if not taken:
             raise StoreError(f"session {name!r} is in use by another process: end that, or use another --session")
+        self.saving = store.find(name) is None
+        """whether the stored session may be written: not before `load` has succeeded, so that what is there is never lost"""
         self.failed: SeqkvError | None = None
         """why saving has stopped"""
         self.data: Callable[[], dict[str, Any]] = dict
@@ -182,7 +184,7 @@ class Session:
         context.changed_from = self._seen = context.n_past
 
     def _after(self) -> None:
-        if self.failed:
+        if self.failed or not self.saving:
             return
         self._sync()
         context = self.context
@@ -200,7 +202,12 @@ class Session:
             self._saved += 1
 
     def save(self, *, end: bool) -> None:
-        """Save the session's row. end: with the state of its end, so that it continues bit for bit."""
+        """Save the session's row. end: with the state of its end, so that it continues bit for bit.
+
+        Raises StoreError when the store has a session of this name that was not loaded.
+        """
+        if not self.saving:
+            raise StoreError(f"there is a session {self.name!r} that was not loaded: load it, or choose another name")
         if self.failed:
             return
         self._after()
@@ -257,7 +264,7 @@ class Session:
         """Save the end, stop the writer, apply the size limit, free the name."""
         try:
             if self._writer.is_alive():
-                if self.context.pointer:
+                if self.context.pointer and self.saving:
                     self.save(end=True)
                 self._queue.put(None)
                 self._writer.join()
@@ -279,15 +286,19 @@ class Session:
         """Put the session's state into the context: bit for bit as it was, or, where chunks are missing or made for something
         else, by evaluating its tokens again (said through `say`). None: a new session, nothing is done.
 
-        Raises StoreError: it does not fit the context, or its tokens are those of another model.
+        Raises StoreError: it does not fit the context, or its coded tokens cannot be decoded here.
         """
         info = self.store.find(self.name)
-        if info is None:
-            return None
+        if info is not None:
+            self._load(info)
+        self.saving = True
+        return info
+
+    def _load(self, info: SessionInfo) -> None:
         theirs = self.store.context_of(info.context)
         if theirs.model_id != self.identity.model_id:
             self.say(f"session {self.name!r} was made with {theirs.model_name}: its text is evaluated again with this model")
-            return info
+            return
         if info.n_tokens > self.context.n_ctx:
             raise StoreError(f"session {self.name!r} holds {info.n_tokens} tokens, the context {self.context.n_ctx}: use --ctx {info.n_tokens} or more")
         tokens = self.store.tokens(info, self._decode_model)
@@ -295,7 +306,7 @@ class Session:
             what = "KV type" if theirs.kv != self.identity.kv else "profile, window or RoPE"
             self.say(f"session {self.name!r} was made with another {what} ({theirs.kv}): its {len(tokens)} tokens are evaluated again")
             self._evaluate(tokens)
-            return info
+            return
         path = self.store.path_to(info.node)
         tail = None
         try:
@@ -304,7 +315,6 @@ class Session:
             self.say(str(error))
         moved = info.data.get("moved_from")
         self._restore(tokens, path, tail, moved if isinstance(moved, int) and moved >= 0 else None)
-        return info
 
     def _decode_model(self, coded: bytes) -> list[int]:
         from .model_coder import decode
@@ -381,11 +391,13 @@ class ChatSession:
         info = session.load()
         line = f"new session {session.name!r}"
         if info is not None:
+            session.saving = False  # until the conversation is whole too
             same = session.store.context_of(info.context).model_id == session.identity.model_id
             if not talk.from_json(info.data, cached=same):
                 session.say("the last question had no answer yet: ask it again")
             turns = info.data.get("turns")
             self.turns = _turns(turns) if same and isinstance(turns, list) else []
+            session.saving = True
             line = f"session {session.name!r}: {session.context.n_past} tokens, {len(talk.messages)} messages"
         self._moved = session.context.moved_from
         talk.changed = self._changed

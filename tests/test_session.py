@@ -231,7 +231,6 @@ def test_another_model_is_said(tiny, store, tmp_path):
         session.say = said.append
         assert session.load() is not None and context.n_past == 0  # the conversation is evaluated with the next question
         assert len(said) == 1 and "llama.gguf" in said[0]
-        session.failed = StoreError("not saved over")
 
 
 def test_a_damaged_chunk_is_evaluated_again(tiny, store):
@@ -263,7 +262,9 @@ def test_two_sessions_of_one_name(tiny, store):
             with pytest.raises(StoreError, match="in use"):
                 Session(store, "a", second)
             assert second.before is None
-        Session(store, "a", second).close()
+        again = Session(store, "a", second)
+        again.load()
+        again.close()
 
 
 def test_a_session_that_does_not_fit(tiny, store):
@@ -271,7 +272,10 @@ def test_a_session_that_does_not_fit(tiny, store):
     with new(tiny, n_ctx=512) as context, Session(store, "a", context) as session:
         with pytest.raises(StoreError, match="--ctx 600"):
             session.load()
-        session.failed = StoreError("not saved over")
+        with pytest.raises(StoreError, match="not loaded"):
+            session.save(end=False)
+        context.evaluate(text(100, 5))
+    assert store.tokens(store.session("a")) == text(600)  # what was not loaded is not written over
 
 
 def test_degraded_sessions_are_evaluated_again(tiny, store):

@@ -652,7 +652,7 @@ def test_bits_of_english_and_a_megabyte_of_everything():
 
     rng = np.random.default_rng(6)
     emoji = "".join(chr(c) for c in rng.integers(0x1F300, 0x1F6FF, 20_000))
-    sources = "".join(p.read_text("utf-8") for folder in ("seqkv_edge", "native", "tests") for p in sorted((ROOT / folder).rglob("*.[chp][py]*")) if p.is_file())
+    sources = "".join(p.read_text("utf-8") for folder in ("seqkv_edge", "native", "tests") for p in sorted((ROOT / folder).rglob("*")) if p.suffix in (".py", ".c", ".h", ".cpp"))
     noise = rng.bytes(300_000).decode("latin-1")
     everything = calibrate.default_text() + sources + emoji + noise
     with open_model(model.default_model(), ngl=0) as loaded:
