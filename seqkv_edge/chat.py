@@ -95,7 +95,7 @@ class Chat:
 
     def say(self, text: str) -> None:
         """One dim line on standard error."""
-        self.err.print(text, style="dim", markup=False)
+        self.err.print(text, style="dim", markup=False, soft_wrap=True)
 
     def answer(self, text: str) -> None:
         """Ask, and stream the answer to standard output."""

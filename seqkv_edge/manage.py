@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from . import bench, exchange, fit, session
+from . import bench, exchange, fit, policy, session
 from .errors import StoreError, UsageError
 from .state import FRAME
 from .store import Node, SessionInfo, Store, default_path
@@ -118,7 +118,7 @@ def _show(store: Store, args: argparse.Namespace) -> int:
     if args.name is not None:
         found = [s for s in found if args.name in s["sessions"]]
     sessions = [describe(store, info) for info in store.sessions() if args.name in (None, info.name)]
-    scores = store.scores() if args.why or args.json else {}
+    scores = policy.scores(store) if args.why or args.json else {}
     for segment in found:
         values = [scores.get(id_, 0.0) for id_ in segment.pop("nodes")]
         segment["score"] = min(values, default=0.0)
@@ -147,6 +147,8 @@ def _show(store: Store, args: argparse.Namespace) -> int:
         if not d["frames"]:
             root.add(f"{d['name']}: {d['tokens']} tokens, {fit.format_size(d['bytes'])} ({d['tier']}{', coded: ' + d['coder'] if d['coder'] else ''})")
     console = Console(highlight=False, markup=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, markup=False, width=200)
     console.print(root)
     if args.why:
         for event in events:

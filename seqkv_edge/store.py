@@ -23,7 +23,7 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -34,8 +34,6 @@ from .state import FRAME, Chunk, Layout, check_chunk
 
 VERSION = 1
 """of the database (user_version) and of what its rows mean"""
-HALF_LIFE = 7 * 86400.0
-"""seconds after which a reuse counts half"""
 ROOT = b"\0" * 32
 _NAME = re.compile(r"[^\x00-\x1f/\\]{1,100}")
 _MAX_EVENTS = 1000
@@ -421,7 +419,7 @@ class Store:
         return data
 
     def _known_files(self, db: sqlite3.Connection) -> set[str]:
-        found = {_chunk_name(id_, level) for id_, level in db.execute("SELECT id, level FROM nodes WHERE level IS NOT NULL")}
+        found = {chunk_name(id_, level) for id_, level in db.execute("SELECT id, level FROM nodes WHERE level IS NOT NULL")}
         return found | {row[0] for row in db.execute("SELECT tail FROM sessions WHERE tail IS NOT NULL")}
 
     @staticmethod
@@ -475,7 +473,7 @@ class Store:
             id_ = self._place(db, address, content, private)
             row = db.execute("SELECT level FROM nodes WHERE id = ?", (id_,)).fetchone()
             if row is None or row[0] is None:
-                self._write(_chunk_name(id_, level), data)
+                self._write(chunk_name(id_, level), data)
             if row is None:
                 db.execute(
                     "INSERT INTO nodes VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, 0)",
@@ -582,7 +580,7 @@ class Store:
             if row is None or row[0] is None:
                 raise DamagedError(f"{where} is no longer in {self.path}: its tokens are evaluated again")
             try:
-                data = self._read_file(_chunk_name(node.id, row[0]), row[1], row[2], where)
+                data = self._read_file(chunk_name(node.id, row[0]), row[1], row[2], where)
                 return unpack_chunk(data, row[0], self.context_of(node.context).layout, node.tokens)
             except (DamagedError, StateError) as error:
                 self._forget_chunk(node.id, row[2], str(error))
@@ -593,7 +591,7 @@ class Store:
             with self._change() as db:
                 db.execute("UPDATE nodes SET level = NULL WHERE id = ? AND digest = ?", (id_, digest))
                 self._event(db, f"chunk {id_.hex()[:16]}", why)
-            self._sweep([_chunk_name(id_, level) for level in CODERS])
+            self._sweep([chunk_name(id_, level) for level in CODERS])
 
     def restore(self, nodes: Sequence[Node]) -> tuple[list[Chunk], DamagedError | None]:
         """The chunks of a path up to the first damaged one, and what is wrong with that."""
@@ -795,11 +793,12 @@ class Store:
 
     def _drop_unused(self, db: sqlite3.Connection, before: float) -> int:
         """Delete nodes that no session needs and that were last used before a time: younger ones may be a session being loaded."""
-        return db.execute(
+        db.execute(
             "WITH RECURSIVE live(id) AS (SELECT node FROM sessions WHERE node IS NOT NULL UNION SELECT id FROM nodes WHERE used >= ? UNION "
             "SELECT parent FROM nodes JOIN live ON nodes.id = live.id WHERE parent IS NOT NULL) "
             "DELETE FROM nodes WHERE id NOT IN live", (before,),
-        ).rowcount  # fmt: skip
+        )  # fmt: skip
+        return int(db.execute("SELECT changes()").fetchone()[0])
 
     # --- size and policy ---
 
@@ -821,139 +820,24 @@ class Store:
             rows = db.execute("SELECT time, what, why FROM events ORDER BY rowid").fetchall()
         return [row for row in rows if what is None or row[1] == what]
 
-    def scores(self) -> dict[bytes, float]:
-        """What keeping each chunk is worth per byte: expected reuse x work saved / bytes.
-
-        Expected reuse: the sessions through the node and the times it was found, each halved every HALF_LIFE since its last use. Work
-        saved: evaluating 64 tokens, which grows with the depth (attention), in units of a frame at the start.
-        """
-        now = time.time()
-        weight: dict[bytes, float] = {}
-        nodes = {node.id: node for node in self.nodes()}
-        for info in self.sessions():
-            id_, w = info.node, 0.5 ** ((now - info.used) / HALF_LIFE)
-            while id_ is not None and id_ in nodes:
-                weight[id_] = weight.get(id_, 0.0) + w
-                id_ = nodes[id_].parent
-        return {
-            id_: (weight.get(id_, 0.0) + node.hits * 0.5 ** ((now - node.used) / HALF_LIFE)) * (1 + node.depth * FRAME / 8192) / max(1, node.size)
-            for id_, node in nodes.items()
-        }
-
     def gc(self, limit: int | None = None, *, grace: float = 600.0) -> Removed:
-        """Remove what no session has needed for `grace` seconds; with a limit (bytes), degrade what is worth least until the store fits.
+        """Remove what no session has needed for `grace` seconds; with a limit (bytes), degrade what is worth least until the store fits
+        (policy.py). What a session in use needs is never touched."""
+        from . import policy
 
-        First chunks go (tails, and leaves before their parents), their tokens stay; sessions that lost chunks keep their tokens coded;
-        then whole sessions go. What a session in use needs is never touched.
-        """
         before = self.bytes()
         with self._change() as db:
             n_nodes = self._drop_unused(db, time.time() - grace)
-        n_chunks = n_tails = n_coded = n_sessions = 0
-        if limit is not None and self.bytes() > limit:
-            n_chunks, n_tails = self._drop_chunks(limit)
-            n_coded = self._code_tokens()
-            n_sessions = self._drop_sessions(limit)
+        done = policy.shrink(self, limit) if limit is not None and self.bytes() > limit else Removed()
         n_files, _ = self._sweep()
-        if n_nodes or n_chunks or n_sessions or n_coded:
-            with self._lock, self._explained(), contextlib.suppress(sqlite3.OperationalError):
-                self.db.execute("VACUUM")  # busy: later
-        return Removed(n_nodes, n_chunks, n_tails, n_coded, n_sessions, n_files, before - self.bytes())
+        if n_nodes or done != Removed():
+            self.compact()
+        return replace(done, nodes=n_nodes, files=n_files, bytes=before - self.bytes())
 
-    def _in_use(self) -> tuple[set[str], set[bytes]]:
-        names = {info.name for info in self.sessions() if self.locked(info.name)}
-        nodes = {node.id for info in self.sessions() if info.name in names for node in self.path_to(info.node)}
-        return names, nodes
-
-    def _drop_chunks(self, limit: int) -> tuple[int, int]:
-        import heapq
-
-        names, used = self._in_use()
-        scores, now = self.scores(), time.time()
-        stored = {node.id: node for node in self.nodes() if node.level is not None}
-        children: dict[bytes | None, int] = {}
-        for node in stored.values():
-            children[node.parent] = children.get(node.parent, 0) + 1
-        heap: list[tuple[float, str, Any]] = []
-        for info in self.sessions():
-            if info.tail_size and info.name not in names:
-                depth = info.n_tokens / 8192
-                score = 0.5 ** ((now - info.used) / HALF_LIFE) * (1 + depth) * (len(info.tail_tokens) + 1) / FRAME / info.tail_size
-                heap.append((score, "tail", info))
-        heap += [(scores[id_], "chunk", node) for id_, node in stored.items() if not children.get(id_) and id_ not in used]
-        heap = [(score, kind, (i, item)) for i, (score, kind, item) in enumerate(heap)]  # never compare items
-        heapq.heapify(heap)
-        n_chunks = n_tails = 0
-        total, count = self.bytes(), len(heap)
-        files: list[str] = []
-        with self._change() as db:
-            while total > limit and heap:
-                score, kind, (_, item) = heapq.heappop(heap)
-                why = f"the store was {total - limit:,} bytes over its size, and this was worth least ({score:.3g} a byte)"
-                if kind == "tail":
-                    row = db.execute("SELECT tail FROM sessions WHERE name = ?", (item.name,)).fetchone()
-                    if row and row[0]:
-                        files.append(row[0])
-                        db.execute("UPDATE sessions SET tail = NULL, tail_size = 0 WHERE name = ?", (item.name,))
-                        self._event(db, f"session {item.name}", f"dropped its last rows: {why}")
-                        total -= item.tail_size
-                        n_tails += 1
-                    continue
-                db.execute("UPDATE nodes SET level = NULL WHERE id = ?", (item.id,))
-                self._event(db, f"chunk {item.id.hex()[:16]}", f"dropped: {why}")
-                files.append(_chunk_name(item.id, item.level))
-                total -= item.size
-                n_chunks += 1
-                children[item.parent] -= 1
-                parent = stored.get(item.parent)
-                if parent is not None and not children[item.parent] and parent.id not in used:
-                    count += 1
-                    heapq.heappush(heap, (scores[parent.id], "chunk", (count, parent)))
-        self._sweep(files)
-        return n_chunks, n_tails
-
-    def _code_tokens(self) -> int:
-        """Sessions whose last frame has lost its chunk keep their tokens coded, and the frames before that as they are."""
-        from . import tokens
-
-        n = 0
-        for info in self.sessions():
-            if info.coder is not None or info.node is None or self.locked(info.name):
-                continue
-            path = self.path_to(info.node)
-            kept = next((i for i, node in enumerate(path) if node.level is None), len(path))
-            if kept == len(path):
-                continue
-            found = self.tokens(info)
-            coded = tokens.encode(found)
-            if tokens.decode(coded) != found:
-                raise StoreError(f"the tokens of session {info.name!r} do not survive coding: they were kept as they are")
-            with self._change() as db:
-                found_row = db.execute(
-                    "UPDATE sessions SET tokens = x'', tail = NULL, tail_size = 0, coder = 'adaptive', coded = ? WHERE name = ? AND node = ?",
-                    (coded, info.name, info.node),
-                )
-                if not found_row.rowcount:
-                    continue  # changed meanwhile
-                self._release(db, info.name, kept)
-                self._event(db, f"session {info.name}", f"frames {kept} to {len(path) - 1} are kept as tokens: their chunks were dropped")
-            n += 1
-        return n
-
-    def _drop_sessions(self, limit: int) -> int:
-        n = 0
-        for info in reversed(self.sessions()):
-            if self.bytes() <= limit:
-                break
-            if self.locked(info.name):
-                continue
-            with self._change() as db:
-                self._delete(db, info.name)
-                self._event(db, f"session {info.name}", f"removed: the store was over its size of {limit:,} bytes, and this was used least recently")
-            with self._lock, self._explained(), contextlib.suppress(sqlite3.OperationalError):
-                self.db.execute("VACUUM")
-            n += 1
-        return n
+    def compact(self) -> None:
+        """Give back what deleted rows took; later if another process is busy."""
+        with self._lock, self._explained(), contextlib.suppress(sqlite3.OperationalError):
+            self.db.execute("VACUUM")
 
     # --- verify ---
 
@@ -1000,5 +884,5 @@ class Store:
         return sum(n.surprisal.bits for n in common), FRAME * len(common), sum(n.surprisal.n for n in common)
 
 
-def _chunk_name(id_: bytes, level: str) -> str:
+def chunk_name(id_: bytes, level: str) -> str:
     return f"{id_.hex()}.{level}"
