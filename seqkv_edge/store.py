@@ -111,7 +111,9 @@ class Identity:
 
     @property
     def key(self) -> bytes:
-        return _blake3(self.as_json().encode())
+        """Hash of all but the names for people: a model's file may be renamed, and the layout tells KV types apart."""
+        fields = {"model_id": self.model_id, "rope": self.rope, "salt": self.salt, "layout": self.layout.as_json()}
+        return _blake3(json.dumps(fields, sort_keys=True).encode())
 
 
 @dataclass(frozen=True)
@@ -290,9 +292,13 @@ class Store:
         with self._explained():
             self.chunks.mkdir(parents=True, exist_ok=True)
             self._db = sqlite3.connect(self.path / "index.sqlite", timeout=30, isolation_level=None, check_same_thread=False)
-            self._db.execute("PRAGMA journal_mode = WAL")
-            self._db.execute("PRAGMA synchronous = NORMAL")
-            self._open()
+            try:
+                self._db.execute("PRAGMA journal_mode = WAL")
+                self._db.execute("PRAGMA synchronous = NORMAL")
+                self._open()
+            except BaseException:
+                self.close()
+                raise
 
     def _open(self) -> None:
         with self._change() as db:

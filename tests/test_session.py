@@ -19,7 +19,7 @@ from seqkv_edge import cli, exchange, llama, manage, model, model_coder, state
 from seqkv_edge.conversation import Conversation
 from seqkv_edge.dropin import KvOptions
 from seqkv_edge.engine import Context, Model, Sampling, open_model
-from seqkv_edge.errors import SeqkvError, StoreError
+from seqkv_edge.errors import SeqkvError, StateError, StoreError
 from seqkv_edge.session import ChatSession, Session, fork, identify, read_end, read_frame
 from seqkv_edge.state import FRAME
 from seqkv_edge.store import Store
@@ -254,6 +254,13 @@ def test_a_damaged_chunk_is_evaluated_again(tiny, store):
         session.load()
         assert said == []
     assert store.verify() == []
+
+
+def test_models_whose_state_has_other_parts_are_refused(store, tmp_path):
+    with open_model(harness.Models(tmp_path).path("gemma2"), ngl=0) as sliding, new(sliding) as context:
+        with pytest.raises(StateError, match="full attention") as error:
+            Session(store, "a", context)
+        assert "\n" not in str(error.value)
 
 
 def test_two_sessions_of_one_name(tiny, store):

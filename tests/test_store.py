@@ -199,6 +199,10 @@ def test_other_bytes_of_the_same_tokens_are_a_variant(store):
 def test_contexts_are_apart(store):
     a, b = store.context(identity()), store.context(identity("n" * 32))
     assert a != b and store.context(identity()) == a
+    renamed = Identity("m" * 32, "renamed.gguf", "seqkv3", "00", LAYOUT)
+    assert store.context(renamed) == a  # a file's name is no part of it
+    assert store.context(Identity("m" * 32, "tiny.gguf", "seqkv3", "01", LAYOUT)) != a
+    assert store.context(Identity("m" * 32, "tiny.gguf", "seqkv3", "00", LAYOUT, "lora")) != a
     store.put(a, None, frame(0), chunk(FRAME, 1))
     assert store.longest_prefix(b, frame(0)) == []
 
