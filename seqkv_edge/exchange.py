@@ -35,12 +35,12 @@ def export_session(store: Store, name: str, path: Path) -> int:
     tokens = store.tokens(info)
     nodes = store.path_to(info.node)
     chunks, _ = store.restore([n for n in nodes if n.level is not None][: next((i for i, n in enumerate(nodes) if n.level is None), len(nodes))])
-    parts = [pack_chunk(chunk, "raw", identity.layout, node.tokens) for chunk, node in zip(chunks, nodes)]
+    parts = [pack_chunk(chunk, "raw", identity, node.tokens) for chunk, node in zip(chunks, nodes)]
     frames = [
         {"size": len(p), "blake3": _blake3(p).hex(), "bits": n.surprisal.bits, "n_bits": n.surprisal.n} for p, n in zip(parts, nodes)
     ]
     tail = store.read_tail(info) if info.coder is None and len(chunks) == len(nodes) else None
-    packed_tail = b"" if tail is None else pack_chunk(tail, "raw", identity.layout, info.tail_tokens)
+    packed_tail = b"" if tail is None else pack_chunk(tail, "raw", identity, info.tail_tokens)
     ids = pack_tokens(tokens)
     header = json.dumps({
         "name": name, "context": identity.as_json(), "data": info.data, "n_tokens": len(tokens), "tokens_blake3": _blake3(ids).hex(),
@@ -119,7 +119,7 @@ def _import(store: Store, file: BinaryIO, path: Path, name: str | None) -> str:
             if _blake3(part).hex() != frame["blake3"]:
                 raise bad
             frame_tokens = tokens[FRAME * i : FRAME * (i + 1)]
-            chunk = unpack_chunk(part, "raw", identity.layout, frame_tokens)
+            chunk = unpack_chunk(part, "raw", identity, frame_tokens)
             surprisal = Surprisal(float(frame["bits"]), int(frame["n_bits"]))
             if not (math.isfinite(surprisal.bits) and 0 <= surprisal.n <= FRAME):
                 raise bad
@@ -130,7 +130,7 @@ def _import(store: Store, file: BinaryIO, path: Path, name: str | None) -> str:
             part = take(tail["size"])
             if _blake3(part).hex() != tail["blake3"] or len(rest) >= FRAME:
                 raise bad
-            end = unpack_chunk(part, "raw", identity.layout, rest)
+            end = unpack_chunk(part, "raw", identity, rest)
         if left:
             raise bad
         store.save(name, context, parent, rest, end, data)

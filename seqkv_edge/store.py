@@ -29,7 +29,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from .errors import DamagedError, StateError, StoreError
+from .errors import DamagedError, SeqkvError, StateError, StoreError
 from .state import FRAME, Chunk, Layout, check_chunk
 
 VERSION = 1
@@ -53,30 +53,6 @@ CREATE TABLE sessions (
 CREATE TABLE events (time REAL NOT NULL, what TEXT NOT NULL, why TEXT NOT NULL);
 PRAGMA user_version = {VERSION};
 """
-
-
-class Coder(Protocol):
-    """A lossless coder of the blocks of a chunk. tokens and layout are known to both sides."""
-
-    def encode(self, blocks: bytes, layout: Layout, tokens: Sequence[int]) -> bytes: ...
-
-    def decode(self, coded: bytes, layout: Layout, tokens: Sequence[int]) -> bytes:
-        """Raises SeqkvError for bytes that it did not write."""
-        ...
-
-
-class Raw:
-    """Level "raw": blocks as they are."""
-
-    def encode(self, blocks: bytes, layout: Layout, tokens: Sequence[int]) -> bytes:
-        return blocks
-
-    def decode(self, coded: bytes, layout: Layout, tokens: Sequence[int]) -> bytes:
-        return coded
-
-
-CODERS: dict[str, Coder] = {"raw": Raw()}
-"""by level; a row names the level that its file was written with"""
 
 
 @dataclass(frozen=True)
@@ -114,6 +90,31 @@ class Identity:
         """Hash of all but the names for people: a model's file may be renamed, and the layout tells KV types apart."""
         fields = {"model_id": self.model_id, "rope": self.rope, "salt": self.salt, "layout": self.layout.as_json()}
         return _blake3(json.dumps(fields, sort_keys=True).encode())
+
+
+class Coder(Protocol):
+    """A lossless coder of the blocks of a chunk. Both sides know the tokens and what the cache is of (model, profile, types); a chunk
+    is decoded without any other, so that damage stays where it is."""
+
+    def encode(self, blocks: bytes, identity: Identity, tokens: Sequence[int]) -> bytes: ...
+
+    def decode(self, coded: bytes, identity: Identity, tokens: Sequence[int]) -> bytes:
+        """Raises SeqkvError for bytes that it did not write."""
+        ...
+
+
+class Raw:
+    """Level "raw": blocks as they are."""
+
+    def encode(self, blocks: bytes, identity: Identity, tokens: Sequence[int]) -> bytes:
+        return blocks
+
+    def decode(self, coded: bytes, identity: Identity, tokens: Sequence[int]) -> bytes:
+        return coded
+
+
+CODERS: dict[str, Coder] = {"raw": Raw()}
+"""by level; a row names the level that its file was written with"""
 
 
 @dataclass(frozen=True)
@@ -210,20 +211,20 @@ def address_of(parent: bytes | None, key: bytes, tokens: Sequence[int]) -> bytes
     return _blake3((parent or ROOT) + key + pack_tokens(tokens))
 
 
-def pack_chunk(chunk: Chunk, level: str, layout: Layout, tokens: Sequence[int]) -> bytes:
+def pack_chunk(chunk: Chunk, level: str, identity: Identity, tokens: Sequence[int]) -> bytes:
     """A chunk's file: length of extra (u32), extra, coded blocks."""
-    return struct.pack("<I", len(chunk.extra)) + chunk.extra + CODERS[level].encode(chunk.blocks, layout, tokens)
+    return struct.pack("<I", len(chunk.extra)) + chunk.extra + CODERS[level].encode(chunk.blocks, identity, tokens)
 
 
-def unpack_chunk(data: bytes, level: str, layout: Layout, tokens: Sequence[int]) -> Chunk:
+def unpack_chunk(data: bytes, level: str, identity: Identity, tokens: Sequence[int]) -> Chunk:
     """Raises StateError, or what the coder raises, for anything but a chunk of these tokens."""
     if level not in CODERS:
         raise StateError(f"a chunk was written at the level {level!r}, which this version does not know: upgrade seqkv-edge")
     if len(data) < 4 or struct.unpack("<I", data[:4])[0] > len(data) - 4:
         raise StateError("a chunk is cut short")
     end = 4 + struct.unpack("<I", data[:4])[0]
-    chunk = Chunk(CODERS[level].decode(data[end:], layout, tokens), data[4:end])
-    check_chunk(chunk, layout, len(tokens))
+    chunk = Chunk(CODERS[level].decode(data[end:], identity, tokens), data[4:end])
+    check_chunk(chunk, identity.layout, len(tokens))
     return chunk
 
 
@@ -466,7 +467,7 @@ class Store:
         known = self.context_of(context)
         if len(tokens) != FRAME:
             raise StoreError(f"a frame has {FRAME} tokens, not {len(tokens)}")
-        data = pack_chunk(chunk, level, known.layout, tokens)
+        data = pack_chunk(chunk, level, known, tokens)
         content, address, now = _content(chunk), address_of(parent, known.key, tokens), time.time()
         with self._change() as db:
             depth = 0
@@ -585,10 +586,12 @@ class Store:
             row = db.execute("SELECT level, size, digest FROM nodes WHERE id = ?", (node.id,)).fetchone()
             if row is None or row[0] is None:
                 raise DamagedError(f"{where} is no longer in {self.path}: its tokens are evaluated again")
+            if row[0] not in CODERS:  # of a newer version: not usable here, and not to be removed
+                raise DamagedError(f"{where} was written at the level {row[0]!r}, which this version does not know: upgrade seqkv-edge")
             try:
                 data = self._read_file(chunk_name(node.id, row[0]), row[1], row[2], where)
-                return unpack_chunk(data, row[0], self.context_of(node.context).layout, node.tokens)
-            except (DamagedError, StateError) as error:
+                return unpack_chunk(data, row[0], self.context_of(node.context), node.tokens)
+            except SeqkvError as error:
                 self._forget_chunk(node.id, row[2], str(error))
                 raise DamagedError(str(error)) from None
 
@@ -664,7 +667,7 @@ class Store:
         tail: the state of the tail's tokens, with all exact rows that are held; None: they are evaluated again.
         """
         known, now = self.context_of(context), time.time()
-        file = b"" if tail is None else pack_chunk(tail, "raw", known.layout, tail_tokens)
+        file = b"" if tail is None else pack_chunk(tail, "raw", known, tail_tokens)
         content = None if tail is None else _content(tail)
         tail_name = None if content is None else f"{content.hex()}.tail"
         with self._change() as db:
@@ -696,7 +699,7 @@ class Store:
         try:
             with self._explained():
                 data = self._read_file(row[0], row[1], row[2], where)
-            return unpack_chunk(data, "raw", self.context_of(info.context).layout, info.tail_tokens)
+            return unpack_chunk(data, "raw", self.context_of(info.context), info.tail_tokens)
         except (DamagedError, StateError) as error:
             with contextlib.suppress(StoreError):
                 with self._change() as db:
