@@ -394,6 +394,19 @@ def test_surprisal_is_that_of_the_logits(tiny, store):
     assert node.surprisal.bits == pytest.approx(want, rel=1e-4)
 
 
+def test_ranges_that_are_not_there(tiny):
+    with new(tiny) as context:
+        context.evaluate(text(100))
+        for first, end in ((0, 101), (100, 101), (-1, 5), (5, 5), (7, 3), (0, 1 << 30)):
+            with pytest.raises(StateError) as error:
+                state.read_range(context.pointer, first, end, exact=True)
+            assert "\n" not in str(error.value)
+        assert state.read_range(context.pointer, 30, 40, exact=False).positions.tolist() == list(range(30, 40))
+        context.shift(10, 20)  # rows are found by position, wherever their cells are
+        piece = state.read_range(context.pointer, 5, 90, exact=False)
+        assert piece.positions.tolist() == list(range(5, 90)) and piece.offsets.tolist() == [*range(5, 10), *(i % 64 for i in range(20, 100))]
+
+
 def test_state_pieces_are_the_whole_state(tiny):
     with new(tiny) as context:
         context.evaluate(text(150))
