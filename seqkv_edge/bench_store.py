@@ -8,6 +8,7 @@ follow from the model's shape.
 from __future__ import annotations
 
 import argparse
+import lzma
 import tempfile
 import time
 from collections.abc import Sequence
@@ -36,7 +37,7 @@ class StoreRow:
 
     kv: str
     tier: str
-    """"live", "stored raw", ..., "tokens adaptive", "tokens model" """
+    """"live"; "slot file" (llama.cpp's, window included), "slot file, xz"; "stored raw", ...; "tokens raw", "tokens adaptive", "tokens model" """
     tokens: int
     bytes_per_token: float
     """of whole frames; the end of a session is `end_bytes`"""
@@ -92,8 +93,35 @@ class _Bench:
             layout = identify(context).layout
             n_sink, n_window = window_of(layout)
             live = StoreRow(kv, "live", n, layout.row_bytes, self.f16 / layout.row_bytes, prefill_tps=prefill)
+            slots = self._slot_file(context)  # before the steps of `_stored`
             stored = [self._stored(context, level, layout, n_sink, n_window, prefill) for level in CODERS]
-        return [live, *stored]
+        return [live, *slots, *stored]
+
+    def _slot_file(self, context: Context) -> list[StoreRow]:
+        """llama.cpp's own file of the sequence, and what a general compressor makes of it."""
+        kv, n, file = str(self.kv), self.n, self.folder / "slot"
+        started = time.perf_counter()
+        size = context.save_state(file)
+        saved = time.perf_counter()
+        with self.context() as other:
+            opened = time.perf_counter()
+            other.load_state(file, n)
+            loaded = time.perf_counter() - opened
+        data = file.read_bytes()
+        file.unlink()
+        packing = time.perf_counter()
+        packed = lzma.compress(data, preset=6)
+        packing = time.perf_counter() - packing
+        unpacking = time.perf_counter()
+        assert lzma.decompress(packed) == data
+        unpacking = time.perf_counter() - unpacking
+        return [
+            StoreRow(kv, "slot file", n, size / n, self.f16 * n / size, save_tps=n / (saved - started), restore_tps=n / loaded),
+            StoreRow(
+                kv, "slot file, xz", n, len(packed) / n, self.f16 * n / len(packed), save_tps=n / (saved - started + packing),
+                restore_tps=n / (loaded + unpacking),
+            ),
+        ]  # fmt: skip
 
     def _stored(self, context: Context, level: str, layout: state.Layout, n_sink: int, n_window: int, prefill: float) -> StoreRow:
         n, ids = self.n, self.ids

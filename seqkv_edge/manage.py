@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -30,10 +31,29 @@ def tier(info: SessionInfo, path: list[Node]) -> str:
     return "stored + tokens" if whole else "tokens"
 
 
-def describe(store: Store, info: SessionInfo) -> dict[str, Any]:
-    """A session as JSON. bytes: of its chunks, also those shared with others; own_bytes: of those that no other session has."""
-    path = store.path_to(info.node)
-    others = {n.id for other in store.sessions() if other.name != info.name for n in store.path_to(other.node)}
+Paths = dict[str, list[Node]]
+
+
+def paths(store: Store) -> Paths:
+    """The nodes of every session, from the root."""
+    nodes = {node.id: node for node in store.nodes()}
+    found: Paths = {}
+    for info in store.sessions():
+        path, id_ = found.setdefault(info.name, []), info.node
+        while id_ is not None and id_ in nodes:
+            path.append(nodes[id_])
+            id_ = nodes[id_].parent
+        path.reverse()
+    return found
+
+
+def describe(store: Store, found: Paths) -> list[dict[str, Any]]:
+    """The sessions of `paths` as JSON. bytes: of a session's chunks, also those shared with others; own_bytes: of those that no other has."""
+    users = Counter(node.id for path in found.values() for node in path)
+    return [_describe(store, info, found[info.name], users) for info in store.sessions() if info.name in found]
+
+
+def _describe(store: Store, info: SessionInfo, path: list[Node], users: Counter[bytes]) -> dict[str, Any]:
     identity = store.context_of(info.context)
     size = [n.size if n.level is not None else 0 for n in path]
     rest = info.tail_size + info.coded_size + 4 * len(info.tail_tokens)
@@ -41,14 +61,14 @@ def describe(store: Store, info: SessionInfo) -> dict[str, Any]:
     return {
         "name": info.name, "model": identity.model_name, "kv": identity.kv, "tokens": info.n_tokens, "tier": tier(info, path),
         "frames": len(path), "turns": len(info.data.get("turns") or []), "messages": len(info.data.get("messages") or []),
-        "bytes": sum(size) + rest, "own_bytes": sum(s for s, n in zip(size, path) if n.id not in others) + rest,
+        "bytes": sum(size) + rest, "own_bytes": sum(s for s, n in zip(size, path) if users[n.id] == 1) + rest,
         "bits_per_token": sum(n.surprisal.bits for n in path) / n_bits if n_bits else None, "bits_known_tokens": n_bits,
         "coder": info.coder, "created": info.created, "used": info.used, "in_use": store.locked(info.name),
     }  # fmt: skip
 
 
 def _list(store: Store, args: argparse.Namespace) -> int:
-    found = [describe(store, info) for info in store.sessions()]
+    found = describe(store, paths(store))
     if args.json:
         print(json.dumps({"path": str(store.path), "bytes": store.bytes(), "sessions": found}, indent=2))
         return 0
@@ -84,9 +104,9 @@ def segments(store: Store) -> list[dict[str, Any]]:
     for node in nodes:
         children.setdefault(node.parent, []).append(node)
     through: dict[bytes, list[str]] = {}
-    for info in store.sessions():
-        for node in store.path_to(info.node):
-            through.setdefault(node.id, []).append(info.name)
+    for name, path in paths(store).items():
+        for node in path:
+            through.setdefault(node.id, []).append(name)
     found: list[dict[str, Any]] = []
     stack: list[tuple[Node, str | None]] = [(node, None) for node in reversed(children.get(None, []))]
     while stack:
@@ -117,7 +137,7 @@ def _show(store: Store, args: argparse.Namespace) -> int:
     found = segments(store)
     if args.name is not None:
         found = [s for s in found if args.name in s["sessions"]]
-    sessions = [describe(store, info) for info in store.sessions() if args.name in (None, info.name)]
+    sessions = [d for d in describe(store, paths(store)) if args.name in (None, d["name"])]
     scores = policy.scores(store) if args.why or args.json else {}
     for segment in found:
         values = [scores.get(id_, 0.0) for id_ in segment.pop("nodes")]
