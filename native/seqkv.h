@@ -162,6 +162,15 @@ SEQKV_API int64_t seqkv_delta_decode(const seqkv_layer * layer, const seqkv_laye
 SEQKV_API int64_t seqkv_weights_bound(int64_t n);
 SEQKV_API int64_t seqkv_weights_encode(const int8_t * w, int64_t n, uint8_t * dst, int64_t n_dst, uint32_t * work);
 SEQKV_API int64_t seqkv_weights_decode(const uint8_t * src, int64_t n_src, int8_t * w, int64_t n);
+// Token ids without a model: n ids of n_bits bits each (1..32), adaptive, integers alone: the same bytes on every machine. work is
+// memory of the caller's, of seqkv_tokens_work() bytes; its contents do not matter. n is at most SEQKV_TOKENS_MAX.
+// bound: bytes that suffice for any ids. encode returns the bytes written; decode gives n ids for any bytes (a checksum is
+// the caller's) and returns n. < 0: a status.
+#define SEQKV_TOKENS_MAX (1 << 27)
+SEQKV_API int64_t seqkv_tokens_work (int64_t n, int n_bits);
+SEQKV_API int64_t seqkv_tokens_bound(int64_t n, int n_bits);
+SEQKV_API int64_t seqkv_tokens_encode(const uint32_t * tokens, int64_t n, int n_bits, void * work, int64_t n_work, void * dst, int64_t n_dst);
+SEQKV_API int64_t seqkv_tokens_decode(const void * src, int64_t n_src, int n_bits, void * work, int64_t n_work, uint32_t * tokens, int64_t n);
 
 #ifdef __cplusplus
 }

@@ -569,6 +569,15 @@ _FORMATS: dict[str, Callable[[Any], str]] = {
     "prefill_tps": lambda v: f"{v:.0f}",
     "decode_spread": lambda v: f"{100 * v:.0f} %",
     "prefill_spread": lambda v: f"{100 * v:.0f} %",
+    "bytes_per_token": lambda v: f"{v:,.1f}" if v < 100 else f"{v:,.0f}",
+    "ratio_to_f16": lambda v: f"{v:,.1f}",
+    "save_tps": lambda v: f"{v:,.0f}",
+    "restore_tps": lambda v: f"{v:,.0f}",
+    "decode_share": lambda v: f"{100 * v:.1f} %",
+    "same_logits": lambda v: "yes" if v else "no",
+    "tokens_bits": lambda v: f"{v:.2f}",
+    "dedup_overhead": lambda v: f"{v:.3f} x",
+    "first_token_speedup": lambda v: f"{v:.1f} x",
     "us_per_1000": lambda v: f"{v:.0f}",
     "read_gbs": lambda v: f"{v:.2f}",
     "read_share": lambda v: f"{100 * v:.1f} %",
@@ -629,13 +638,16 @@ def run(args: argparse.Namespace) -> int:
     if args.what == "memory" and args.worker:
         print(json.dumps(asdict(memory_worker(args))))
         return 0
+    from .bench_store import print_store, store
     from .speed import print_speed, speed
 
     measures: dict[str, Callable[[argparse.Namespace], list[Any]]]
-    measures = {"memory": memory, "quality": quality, "speed": speed}
+    measures = {"memory": memory, "quality": quality, "speed": speed, "store": store}
     rows = measures[args.what](args)
     if args.json != "-":
-        show: Callable[[str, list[Any]], None] = {"memory": print_table, "quality": print_quality, "speed": print_speed}[args.what]
+        shows: dict[str, Callable[[str, list[Any]], None]]
+        shows = {"memory": print_table, "quality": print_quality, "speed": print_speed, "store": print_store}
+        show = shows[args.what]
         show(f"{args.what}: {model.resolve(args.model).name}", rows)
     if args.json:
         write_json(rows, args.json)

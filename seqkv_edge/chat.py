@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import fit, model
 from .conversation import Conversation
@@ -21,6 +21,9 @@ from .dropin import KvOptions
 from .engine import Context, Model, Progress, Sampling, open_model
 from .errors import SeqkvError, UsageError
 from .llama import KvSpec
+
+if TYPE_CHECKING:
+    from .session import Session
 
 DEFAULT_CTX = 8192
 HELP = """\
@@ -92,7 +95,7 @@ class Chat:
 
     def say(self, text: str) -> None:
         """One dim line on standard error."""
-        self.err.print(text, style="dim", markup=False)
+        self.err.print(text, style="dim", markup=False, soft_wrap=True)
 
     def answer(self, text: str) -> None:
         """Ask, and stream the answer to standard output."""
@@ -274,11 +277,33 @@ def run(args: argparse.Namespace) -> int:
                 chat.say(f"[{loaded.path.name} has no chat template: using plain User:/Assistant: lines]")
             if context.n_ctx > fit.pad_ctx(loaded.meta.n_ctx_train):
                 chat.say(f"[the model was trained for {loaded.meta.n_ctx_train} tokens: expect nonsense beyond]")
-            if prompt is not None:
-                chat.answer(prompt)
-                if sys.stderr.isatty() and chat.last:
-                    chat.say(status_line(context, chat.last))
-                return 130 if context.stop else 0
-            chat.say(f"[{loaded.meta.name} · {kv} · context {context.n_ctx} · /help]")
-            chat.loop()
-            return 0
+            with contextlib.ExitStack() as stack:
+                session = _open_session(args, chat, stack)
+                if prompt is not None:
+                    chat.answer(prompt)
+                    if sys.stderr.isatty() and chat.last:
+                        chat.say(status_line(context, chat.last))
+                else:
+                    chat.say(f"[{loaded.meta.name} · {kv} · context {context.n_ctx} · /help]")
+                    chat.loop()
+            if session is not None and session.failed:
+                return 1  # said when it happened
+            return 130 if prompt is not None and context.stop else 0
+
+
+def _open_session(args: argparse.Namespace, chat: Chat, stack: contextlib.ExitStack) -> Session | None:
+    """The session of --session, loaded; closed (saved) with `stack`."""
+    if args.session is None:
+        return None
+    from .manage import open_store
+    from .session import ChatSession, Session
+
+    limit = fit.parse_size(args.store_size)
+    store = stack.enter_context(open_store(args.store, create=True))
+    session = Session(store, args.session, chat.context, size_limit=limit)
+    session.say = lambda text: chat.say(f"[{text}]")
+    stack.callback(session.close)
+    line = ChatSession(session, chat.conversation).open()
+    if sys.stderr.isatty():
+        chat.say(f"[{line}]")
+    return session

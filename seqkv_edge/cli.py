@@ -55,6 +55,9 @@ def _chat(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--repeat-penalty", type=float, default=1.0, metavar="X", help="over 64 tokens (default 1: off)"
     )
+    parser.add_argument("--session", metavar="NAME", help="save as it goes, and go on where this session ended")
+    parser.add_argument("--store", metavar="DIR", help="directory of the sessions (default: in the user's data directory)")
+    parser.add_argument("--store-size", default="4G", metavar="SIZE", help="what all sessions may take (default 4G)")
     _add_kv_options(parser)
 
 
@@ -72,11 +75,12 @@ def _calibrate(parser: argparse.ArgumentParser) -> None:
 def _bench(parser: argparse.ArgumentParser) -> None:
     from .bench import DEFAULT_KV, QUALITY_KV, QUALITY_PEERS
 
-    kinds = parser.add_subparsers(dest="what", required=True, metavar="memory|quality|speed", parser_class=_Parser)
+    kinds = parser.add_subparsers(dest="what", required=True, metavar="memory|quality|speed|store", parser_class=_Parser)
     for name, text in (
         ("memory", "bytes of the cache and the process, per type and context"),
         ("quality", "next-token distributions against the f16 cache, as llama-perplexity measures them"),
         ("speed", "decode and prefill at depths"),
+        ("store", "sessions on disk: bytes, speed and exactness of every tier from the live cache to coded tokens"),
     ):
         kind = kinds.add_parser(name, help=text, description=text)
         _add_model(kind)
@@ -84,8 +88,9 @@ def _bench(parser: argparse.ArgumentParser) -> None:
             text = f"comma-separated; TYPE+w: llama.cpp's type with our exact window (default {QUALITY_KV},{QUALITY_PEERS})"
             kind.add_argument("--kv", metavar="LIST", help=text)
         else:
-            text = f"comma-separated (default {DEFAULT_KV})"
-            kind.add_argument("--kv", default=DEFAULT_KV, metavar="LIST", help=text)
+            default = "seqkv3" if name == "store" else DEFAULT_KV
+            text = f"comma-separated (default {default})"
+            kind.add_argument("--kv", default=default, metavar="LIST", help=text)
         kind.add_argument("--batch", type=int, default=512, metavar="N", help="tokens per evaluation (default 512)")
         kind.add_argument("--json", metavar="FILE", help="write the rows to FILE (-: standard output, no table)")
         kind.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
@@ -99,6 +104,13 @@ def _bench(parser: argparse.ArgumentParser) -> None:
             kind.add_argument("--ctx", type=int, default=2048, metavar="N", help="window in tokens (default 2048)")
             kind.add_argument("--chunks", type=int, default=4, metavar="N", help="windows (default 4)")
             kind.add_argument("--quarters", action="store_true", help="also the mean KLD in each quarter of the window")
+        elif name == "store":
+            kind.add_argument("--text", metavar="FILE", help="text of the session (default: documentation that is at hand)")
+            kind.add_argument("--tokens", type=int, default=4096, metavar="N", help="length of the session (default 4096)")
+            kind.add_argument("--sessions", type=int, default=8, metavar="N", help="sessions that share its first half (default 8)")
+            kind.add_argument(
+                "--model-tokens", type=int, default=512, metavar="N", help="tokens coded with the model's probabilities, one evaluation each way (default 512)"
+            )
         else:
             kind.add_argument("--depth", default="0,4096", metavar="LIST", help="tokens in the cache (default 0,4096)")
             kind.add_argument("--prefill", type=int, default=512, metavar="N", help="tokens of a prefill measurement (default 512)")
@@ -114,6 +126,12 @@ def _fit(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
+def _session(parser: argparse.ArgumentParser) -> None:
+    from .manage import add_arguments
+
+    add_arguments(parser, _Parser)
+
+
 def _info(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON")
 
@@ -122,6 +140,7 @@ _COMMANDS = {
     "chat": (_chat, "chat with a model in the terminal, or answer one prompt"),
     "calibrate": (_calibrate, "make the profile of a model: what its keys and values look like"),
     "bench": (_bench, "measure memory, quality, speed"),
+    "session": (_session, "stored sessions: list, show, export, import, fork, pack, rm, gc, verify"),
     "fit": (_fit, "largest context that fits in memory, per KV type"),
     "info": (_info, "versions, libraries, devices, types"),
 }
@@ -148,7 +167,8 @@ def _run(args: argparse.Namespace) -> int:
     llama.log.echo = args.debug
     if args.command == "fit":
         return _run_fit(args)
-    return int(import_module(f".{args.command}", __package__).run(args))
+    name = {"session": "manage"}.get(args.command, args.command)
+    return int(import_module(f".{name}", __package__).run(args))
 
 
 def _run_fit(args: argparse.Namespace) -> int:

@@ -65,3 +65,8 @@ int64_t seqkv_delta_decode(const seqkv_layer * layer, const seqkv_layer * prev, 
 int64_t seqkv_weights_bound(int64_t n);
 int64_t seqkv_weights_encode(const int8_t * w, int64_t n, uint8_t * dst, int64_t n_dst, uint32_t * work);
 int64_t seqkv_weights_decode(const uint8_t * src, int64_t n_src, int8_t * w, int64_t n);
+#define SEQKV_TOKENS_MAX 134217728
+int64_t seqkv_tokens_work(int64_t n, int n_bits);
+int64_t seqkv_tokens_bound(int64_t n, int n_bits);
+int64_t seqkv_tokens_encode(const uint32_t * tokens, int64_t n, int n_bits, void * work, int64_t n_work, void * dst, int64_t n_dst);
+int64_t seqkv_tokens_decode(const void * src, int64_t n_src, int n_bits, void * work, int64_t n_work, uint32_t * tokens, int64_t n);

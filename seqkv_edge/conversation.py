@@ -117,6 +117,14 @@ class Conversation:
         """tokens of the last answer"""
         self.notice: Callable[[str], None] = lambda _text: None
         """called with one line when something unexpected is done (context shift)"""
+        self.changed: Callable[[], None] = lambda: None
+        """called when there is something to save: a question, the beginning of its answer, its end"""
+        self.find_prefix: Callable[[list[int], int], int] = lambda _tokens, reused: reused
+        """may put a longer prefix of these tokens into the cache than the number it holds; returns the number it then holds"""
+        self.answer_from: int | None = None
+        """where in the cache the answer in progress begins"""
+        self._before_answer = b""
+        """`rendered` without the answer in progress"""
         self._identity = identity or {}
 
     def _start(self) -> list[Message]:
@@ -126,6 +134,7 @@ class Conversation:
         """Forget everything but the system prompt."""
         self.messages = self._start()
         self._forget_cache()
+        self.changed()
 
     def _forget_cache(self) -> None:
         self.context.clear()
@@ -148,12 +157,16 @@ class Conversation:
         self.messages.append({"role": "user", "content": text})
         try:
             plan = self._make_room(n_predict)
-            context.keep(plan.reused)
-            todo = plan.tokens[plan.reused :]
-            self.prefilled = len(todo)
             self.rendered, self.pending = b"", []  # until the prompt is in: reuse by tokens only
+            reused = self.find_prefix(plan.tokens, plan.reused)
+            context.keep(reused)
+            todo = plan.tokens[reused:]
+            self.prefilled = len(todo)
+            self.changed()
             context.evaluate(todo, progress(len(todo)) if progress else None)
             self.rendered = self.template.render(self.messages)
+            self.answer_from, self._before_answer = context.n_past, self.rendered
+            self.changed()
         except Interrupted:
             self.messages.pop()
             return
@@ -166,6 +179,8 @@ class Conversation:
         finally:
             content = bytes(answer).decode("utf-8", "replace")
             self.messages.append({"role": "assistant", "content": content})
+            self.answer_from = None
+            self.changed()
 
     def _generate(self, answer: bytearray, sampling: Sampling, n_predict: int) -> Iterator[str]:
         context, model = self.context, self.context.model
@@ -282,20 +297,28 @@ class Conversation:
         try:
             if self._turns() > 1:
                 kept = self._without_oldest()
-                if self._shift_to(self.template.render(kept) + answer):
+                prompt = self.template.render(kept)
+                if self._shift_to(prompt + answer):
                     self.messages = kept
+                    self._moved_while_answering(prompt)
                     self.notice("context full: forgot the oldest turn")
                     return True
             n_keep = self._head()
             n_drop = (context.n_past - n_keep) // 2
             if n_drop > 0 and context.shift(n_keep, n_keep + n_drop):
                 self.rendered = b""
+                self._moved_while_answering(b"")
                 self.notice(f"context full: forgot {n_drop} tokens after the system prompt")
                 return True
         finally:
             self.pending = []
         self.notice("context full: this model's cache cannot be shifted, the answer ends here")
         return False
+
+    def _moved_while_answering(self, prompt: bytes) -> None:
+        # the token just sampled is counted but not in the cache
+        self.answer_from, self._before_answer = max(0, self.context.n_past - self.produced + 1), prompt
+        self.changed()
 
     def _head(self) -> int:
         """Tokens at the start of the cache that do not depend on the conversation (system prompt, first header)."""
@@ -305,6 +328,39 @@ class Conversation:
         return common_prefix(common_prefix_of(a, b), self.context.tokens)
 
     # --- save and load ---
+
+    def as_json(self) -> dict[str, Any]:
+        """All but the cache. An answer in progress is not in it: `answer_from` says where its tokens begin."""
+        rendered = self.rendered if self.answer_from is None else self._before_answer
+        return {
+            "system": self.system, "messages": self.messages, "rendered": rendered.decode("latin-1"),
+            "pending": self.pending, "answer_from": self.answer_from,
+        }  # fmt: skip
+
+    def from_json(self, data: dict[str, Any], *, cached: bool) -> bool:
+        """Become what `as_json` wrote, on a cache that holds its tokens (cached) or not. Raises StateError.
+
+        A question whose answer had not begun is taken back: False.
+        """
+        checked = _check_conversation(data)
+        if checked is None:
+            raise StateError("a saved conversation is damaged")
+        self.system, self.messages = data["system"], [dict(m) for m in data["messages"]]
+        self.rendered, self.pending = (data["rendered"].encode("latin-1"), list(data["pending"])) if cached else (b"", [])
+        self.answer_from = None
+        if not self.messages or self.messages[-1]["role"] != "user":
+            return True
+        start, context = data["answer_from"], self.context
+        if start is None or not cached or context.n_past <= start:
+            self.messages.pop()
+            self.rendered, self.pending = b"", []
+            return False
+        tokens = context.tokens[start:]
+        text = b"".join(context.model.piece(t) for t in tokens).decode("utf-8", "replace")
+        self.messages.append({"role": "assistant", "content": text})
+        if self.rendered:
+            self.rendered += b"".join(context.model.piece(t, special=True) for t in tokens)
+        return True
 
     def save(self, path: Path) -> int:
         """Write the conversation and its cache to one file, atomically. Returns its bytes. Raises StateError.
@@ -379,6 +435,18 @@ def _digest(path: Path, n: int) -> str:
             digest.update(chunk)
             n -= len(chunk)
     return digest.hexdigest()
+
+
+def _check_conversation(data: dict[str, Any]) -> dict[str, Any] | None:
+    """`data` if it has the form of `Conversation.as_json`."""
+    fields = {"system": (str, type(None)), "messages": list, "rendered": str, "pending": list, "answer_from": (int, type(None))}
+    if not all(name in data and isinstance(data[name], kind) for name, kind in fields.items()):
+        return None
+    if not all(isinstance(m, dict) and m.get("role") in ("system", "user", "assistant") for m in data["messages"]):
+        return None
+    if not all(isinstance(m.get("content"), str) for m in data["messages"]) or not all(ord(c) < 256 for c in data["rendered"]):
+        return None
+    return data if all(isinstance(t, int) and t >= 0 for t in data["pending"]) else None
 
 
 _FIELDS: dict[str, Any] = {

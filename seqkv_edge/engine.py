@@ -195,6 +195,16 @@ class Context:
         """what the cache holds, by position"""
         self.stop = False
         """set it (from a signal handler) to stop an evaluation in progress"""
+        self.has_logits = False
+        """whether the logits of the last token are at hand"""
+        self.changed_from = 0
+        """first position that was evaluated, removed or moved since someone (a session) last set this to n_past"""
+        self.moved_from: int | None = None
+        """first position whose keys and values depend on more than the tokens before it (after a shift); None: none"""
+        self.before: Callable[[Sequence[int]], None] | None = None
+        """called with the tokens of each evaluation before it"""
+        self.after: Callable[[], None] | None = None
+        """called after each evaluation"""
         self._abort = self.api.ggml_abort_callback(lambda _data: self.stop)
         self._batch = self.api.llama_batch_init(n_batch, 0, 1)
 
@@ -219,11 +229,16 @@ class Context:
     def _decode(self, tokens: Sequence[int], first_logits: int) -> None:
         """One llama_decode of at most n_batch tokens; logits for tokens[first_logits:]."""
         past = self.n_past
+        if self.before:
+            self.before(tokens)
         llama.fill(self._batch, tokens, past, first_logits)
         llama.log.clear()
         status = self.api.llama_decode(self.pointer, self._batch)
+        self.has_logits = status == 0 and first_logits < len(tokens)
         if status == 0:
             self.tokens.extend(tokens)
+            if self.after:
+                self.after()
             return
         self._drop_tail(past)
         if status == 2:
@@ -274,15 +289,24 @@ class Context:
                 pointer = self.api.llama_get_logits(self.pointer)
                 yield np.ctypeslib.as_array(pointer, shape=(n, self.model.n_vocab))
 
+    def _changed(self, first: int) -> None:
+        """Positions from `first` on are no longer what they were."""
+        self.has_logits = False
+        self.changed_from = min(self.changed_from, first)
+        if self.moved_from is not None and first <= self.moved_from:
+            self.moved_from = None
+
     def clear(self) -> None:
         self.api.llama_memory_clear(self.memory, True)
         self.tokens.clear()
+        self._changed(0)
 
     def keep(self, n: int) -> None:
         """Forget everything from position n on (all of it where the model cannot forget a part)."""
         if n < self.n_past:
             if n > 0 and self.api.llama_memory_seq_rm(self.memory, 0, n, -1):
                 del self.tokens[n:]
+                self._changed(n)
             else:
                 self.clear()
 
@@ -296,6 +320,9 @@ class Context:
             return False
         self.api.llama_memory_seq_add(self.memory, 0, end, -1, start - end)
         del self.tokens[start:end]
+        moved = start if self.moved_from is None else min(start, self.moved_from)
+        self._changed(start)
+        self.moved_from = moved if moved < self.n_past else None
         return True
 
     def kv_bytes(self) -> int | None:
@@ -324,11 +351,31 @@ class Context:
         n = self.api.llama_state_seq_load_file(self.pointer, os.fsencode(path), 0, out, n_tokens, ctypes.byref(count))
         if n and count.value == n_tokens:
             self.tokens = list(out[:n_tokens])
+            self._changed(0)
+            self.moved_from = 0  # its history is not known
             return
         last = int(self.api.llama_memory_seq_pos_max(self.memory, 0))
         if last != self.n_past - 1 or n:
             self.clear()
         raise StateError(f"{path} cannot be loaded into this context: {llama.log.reason() or 'other model or KV type'}")
+
+    def set_state(self, data: bytearray, tokens: Sequence[int], moved_from: int | None = None) -> None:
+        """Replace the cache by a state of sequence 0 as `state.build` makes it, and the tokens by its own. Raises StateError;
+        the old cache is then kept."""
+        buffer = (ctypes.c_uint8 * len(data)).from_buffer(data)
+        llama.log.clear()
+        n = int(self.api.llama_state_seq_set_data(self.pointer, buffer, len(data), 0))
+        if n != len(data):
+            raise StateError(f"a stored state was refused: {llama.log.reason() or 'other model, KV type or window'}")
+        self.tokens = list(tokens)
+        self._changed(0)
+        self.moved_from = moved_from
+
+    def next_logits(self) -> np.ndarray:
+        """f32 (n_vocab): the logits behind the last token; llama.cpp's own memory, valid until the next evaluation."""
+        if not self.has_logits:
+            raise SeqkvError("the logits of the last token are not at hand")
+        return np.ctypeslib.as_array(self.api.llama_get_logits_ith(self.pointer, -1), shape=(self.model.n_vocab,))
 
 
 class Sampler:

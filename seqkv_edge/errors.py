@@ -29,3 +29,11 @@ class MemoryLimitError(SeqkvError):
 
 class StateError(SeqkvError):
     """A saved conversation that cannot be read or belongs to another model or KV type."""
+
+
+class StoreError(SeqkvError):
+    """The session store cannot be read or written, or does not hold what was asked for."""
+
+
+class DamagedError(StoreError):
+    """A stored chunk whose bytes are not what was written. It is never used; its tokens are evaluated again."""

@@ -33,12 +33,26 @@ def collect() -> dict[str, Any]:
     except SeqkvError as error:
         result["error"] = str(error)
     result["profile_cache"] = str(profile.cache_dir())
+    result["store"] = _store()
     try:
         result["default_model"] = str(model.default_model())
     except SeqkvError as error:
         result["default_model"] = None
         result["default_model_error"] = str(error)
     return result
+
+
+def _store() -> dict[str, Any]:
+    from .store import Store, default_path
+
+    found: dict[str, Any] = {"path": str(default_path()), "sessions": 0, "bytes": 0}
+    if (default_path() / "index.sqlite").is_file():
+        try:
+            with Store(default_path(), create=False) as store:
+                found |= {"sessions": len(store.sessions()), "bytes": store.bytes()}
+        except SeqkvError as error:
+            found["error"] = str(error)
+    return found
 
 
 def _libraries() -> dict[str, Any]:
@@ -89,6 +103,8 @@ def run(args: argparse.Namespace) -> int:
         memory = f", {format_size(device['memory_total'])}" if device["memory_total"] else ""
         lines.append(f"device            {device['name']}: {device['description']}{memory}")
     lines.append(f"profile cache     {data['profile_cache']}")
+    store = data["store"]
+    lines.append(f"session store     {store['path']}: " + (store.get("error") or f"{store['sessions']} sessions, {format_size(store['bytes'])}"))
     lines.append(f"default model     {data['default_model'] or data['default_model_error']}")
     console.print("\n".join(lines), markup=False)
     if "types" in data:

@@ -111,6 +111,10 @@ _PROTOTYPES: dict[str, tuple[list[Any], Any]] = {
     "llama_seqkv_profile_bytes": ([_P], ctypes.c_size_t),
     "llama_seqkv_bits": ([_P], ctypes.c_double),
     "llama_seqkv_rope": ([_P, ctypes.c_int32, _FLOATS, ctypes.c_int32, _INTS], ctypes.c_int32),
+    "llama_seqkv_range_get": (
+        [_P, ctypes.c_int32, ctypes.c_int32, ctypes.c_int32, ctypes.c_bool, _P, ctypes.c_size_t, ctypes.c_char_p, ctypes.c_size_t],
+        ctypes.c_int64,
+    ),
     "llama_seqkv_collector_init": ([_P, RowsFunction, _P], _P),
     "llama_seqkv_collector_free": ([_P], None),
     "llama_seqkv_collector_n_layer": ([_P], ctypes.c_int32),

@@ -63,6 +63,21 @@ def cuda_quality() -> str:
     return table(["KV cache", "KLD mean, GPU", "CPU"], body)
 
 
+def store() -> str:
+    def cell(value: float | None, form: str) -> str:
+        return "" if value is None else format(value, form)
+
+    body = [
+        [
+            r["kv"] if r["kv"] != "-" else "", r["tier"], f"{r['bytes_per_token']:,.{0 if r['bytes_per_token'] > 100 else 2}f}", f"{r['ratio_to_f16']:,.1f}",
+            cell(r["tokens_bits"], ".2f"), cell(r["save_tps"], ",.0f"), cell(r["restore_tps"], ",.0f"), cell(r["prefill_tps"], ",.0f"),
+            {None: "", True: "yes", False: "no"}[r["same_logits"]],
+        ]
+        for r in json.loads((ROOT / "docs/store.json").read_text())
+    ]  # fmt: skip
+    return table(["KV cache", "tier", "bytes/token", "f16 /", "bits/token", "save, tokens/s", "restore", "prefill", "same logits"], body)
+
+
 def memory() -> str:
     rows = json.loads((ROOT / "docs/memory.json").read_text())
     mib = 2**20
@@ -112,7 +127,7 @@ def retrieval() -> str:
 
 
 TABLES = {
-    "quality": quality, "quality_f32": lambda: quality("quality-f32.json"), "speed": speed, "cuda": lambda: speed("cuda.json"), "cuda_deep": lambda: speed("cuda-deep.json"), "cuda_quality": cuda_quality, "memory": memory, "drift": drift, "texts": texts, "outliers": outliers, "greedy": greedy, "retrieval": retrieval,
+    "quality": quality, "quality_f32": lambda: quality("quality-f32.json"), "speed": speed, "cuda": lambda: speed("cuda.json"), "cuda_deep": lambda: speed("cuda-deep.json"), "cuda_quality": cuda_quality, "store": store, "memory": memory, "drift": drift, "texts": texts, "outliers": outliers, "greedy": greedy, "retrieval": retrieval,
 }  # fmt: skip
 
 

@@ -631,6 +631,48 @@ void llama_seqkv::state_read(llama_io_read_i & io, uint32_t strm, const std::vec
     }
 }
 
+void llama_seqkv::range_write(const llama_kv_cache & kv, llama_io_write_i & io, llama_seq_id seq_id, llama_pos p0, llama_pos p1, bool exact) {
+    const uint32_t strm  = kv.seq_to_stream.at(seq_id);
+    const auto &   cells = kv.v_cells[strm];
+
+    std::vector<uint32_t> idxs(p1 - p0, UINT32_MAX);
+    for (uint32_t c = 0; c < cells.size(); ++c) {
+        if (!cells.is_empty(c) && cells.seq_has(c, seq_id) && cells.pos_get(c) >= p0 && cells.pos_get(c) < p1) {
+            idxs[cells.pos_get(c) - p0] = c;
+        }
+    }
+    llama_kv_cache::cell_ranges_t cr { strm, {} };
+    for (const uint32_t c : idxs) {
+        if (c == UINT32_MAX) {
+            throw std::runtime_error(format("the sequence lacks a position of %d..%d", p0, p1 - 1));
+        }
+        if (!cr.data.empty() && cr.data.back().second == c) {
+            cr.data.back().second = c + 1;
+        } else {
+            cr.data.emplace_back(c, c + 1);
+        }
+    }
+
+    if (kv.seqkv) {
+        kv.seqkv->state_write_header(io);
+    }
+    io.write(&kv.n_stream, sizeof(kv.n_stream));
+    const uint32_t n = idxs.size(), none = 0;
+    for (uint32_t s = 0; s < kv.n_stream; ++s) {
+        io.write(s == strm ? &n : &none, sizeof(n));
+        if (s != strm) {
+            continue;
+        }
+        kv.state_write_meta(io, cr, seq_id);
+        kv.state_write_data(io, cr);
+        if (kv.seqkv && exact) {
+            kv.seqkv->state_write(io, strm, idxs, seq_id);
+        } else if (kv.seqkv) {
+            io.write(&none, sizeof(none));
+        }
+    }
+}
+
 size_t llama_seqkv::bytes_used(const llama_kv_cache & kv) {
     size_t cell_bytes = 0;
     for (const auto & l : kv.layers) {

@@ -97,6 +97,10 @@ public:
     void state_write(llama_io_write_i & io, uint32_t strm, const std::vector<uint32_t> & cells, llama_seq_id seq_id) const; // -1: all sequences
     void state_read (llama_io_read_i  & io, uint32_t strm, const std::vector<uint32_t> & cells, llama_seq_id seq_id);
 
+    // the state of the positions p0..p1-1 of a sequence alone, of a cache of any types, in the order of the positions; exact: with
+    // the exact rows that are held. Throws before anything is written if a position is missing
+    static void range_write(const llama_kv_cache & kv, llama_io_write_i & io, llama_seq_id seq_id, llama_pos p0, llama_pos p1, bool exact);
+
     // bytes of the cells in use of a cache of any types, exact rows included
     static size_t bytes_used(const llama_kv_cache & kv);
 

@@ -3,6 +3,7 @@
 
 #include "llama-context.h"
 #include "llama-impl.h"
+#include "llama-io.h"
 #include "llama-kv-cache.h"
 #include "llama-kv-cache-iswa.h"
 #include "llama-memory-hybrid.h"
@@ -416,6 +417,52 @@ size_t llama_seqkv_profile_bytes(const llama_context * ctx) {
 double llama_seqkv_bits(const llama_context * ctx) {
     const llama_seqkv * seqkv = llama_seqkv::of(ctx->get_memory());
     return seqkv ? seqkv->bits() : 0.0;
+}
+
+// writes what fits into a buffer, and counts
+class io_write_range : public llama_io_write_i {
+public:
+    io_write_range(void * buf, size_t size) : buf((uint8_t *) buf), size(size) {}
+
+    void write(const void * src, size_t n) override {
+        if (n_written <= size && n <= size - n_written) {
+            memcpy(buf + n_written, src, n);
+        }
+        n_written += n;
+    }
+
+    void write_tensor(ggml_tensor * tensor, size_t offset, size_t n) override {
+        if (n_written <= size && n <= size - n_written) {
+            ggml_backend_tensor_get(tensor, buf + n_written, offset, n);
+        }
+        n_written += n;
+    }
+
+    size_t n_bytes() override { return n_written; }
+
+private:
+    uint8_t * buf;
+    size_t    size;
+    size_t    n_written = 0;
+};
+
+int64_t llama_seqkv_range_get(llama_context * ctx, llama_seq_id seq_id, llama_pos p0, llama_pos p1, bool exact, void * buf, size_t size,
+        char * err, size_t n_err) {
+    const auto * kv = dynamic_cast<const llama_kv_cache *>(ctx->get_memory());
+    if (!kv) {
+        return fail(err, n_err, "only memories that are one KV cache with full attention are read in parts");
+    }
+    if (seq_id < 0 || seq_id >= (llama_seq_id) ctx->n_seq_max() || p0 < 0 || p1 <= p0 || p1 - p0 > (llama_pos) kv->get_size()) {
+        return fail(err, n_err, "no such sequence, or no such positions");
+    }
+    ctx->synchronize();
+    try {
+        io_write_range io(buf, buf ? size : 0);
+        llama_seqkv::range_write(*kv, io, seq_id, p0, p1, exact);
+        return (int64_t) io.n_bytes();
+    } catch (const std::exception & e) {
+        return fail(err, n_err, e.what());
+    }
 }
 
 int32_t llama_seqkv_rope(const llama_context * ctx, int32_t il, float * freq, int32_t n, int32_t * neox) {

@@ -45,6 +45,14 @@ extern "C" {
     // Bits per value of K and V of a context's seqkv cache, window and tables not counted; 0: it has no seqkv cache.
     LLAMA_API double llama_seqkv_bits(const struct llama_context * ctx);
 
+    // State of the positions p0..p1-1 of a sequence alone, p0 < p1, in the format of llama_state_seq_get_data behind its first 8 bytes,
+    // in the order of the positions: what a session store saves piece by piece. exact: with the exact rows that are held for them. For memories
+    // that are one KV cache with full attention, of any types.
+    // Returns the bytes needed; they were written if size suffices (buf NULL, size 0: none). < 0 with the reason in err: another
+    // kind of memory, or a position that the sequence does not have.
+    LLAMA_API int64_t llama_seqkv_range_get(struct llama_context * ctx, llama_seq_id seq_id, llama_pos p0, llama_pos p1, bool exact,
+            void * buf, size_t size, char * err, size_t n_err);
+
     // Effective RoPE of layer il with all scaling applied: freq[i] is the angle per position of pair i, *neox the pairing
     // (1: i and i + n_rot/2, 0: 2i and 2i + 1). Returns n_rot/2 (also if n is smaller: then only n are written), 0: no rotation, < 0: no such layer.
     LLAMA_API int32_t llama_seqkv_rope(const struct llama_context * ctx, int32_t il, float * freq, int32_t n, int32_t * neox);

@@ -1,0 +1,243 @@
+"""`bench store`: bytes, speed and exactness of the tiers between a live cache and its tokens, measured on real contexts.
+
+One session of --tokens tokens of a text is evaluated, saved frame by frame, read back into a fresh context and compared with what the
+live one continues with; then --sessions sessions share its first half. Nothing is estimated but `ratio_to_f16`, whose f16 bytes
+follow from the model's shape.
+"""
+
+from __future__ import annotations
+
+import argparse
+import lzma
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from . import bench, model, model_coder, state, tokens
+from .chat import kv_options
+from .dropin import KvOptions
+from .engine import Context, Model, open_model
+from .errors import UsageError
+from .llama import KvSpec
+from .session import Session, identify, read_end, read_frame, window_of
+from .state import FRAME
+from .store import CODERS, Store, pack_tokens
+
+CONTINUED = 256
+"""tokens that are compared behind a restored state"""
+
+
+@dataclass(frozen=True)
+class StoreRow:
+    """One tier of one type. Fields that do not apply to a tier are None. tps: tokens a second."""
+
+    kv: str
+    tier: str
+    """"live"; "slot file" (llama.cpp's, window included), "slot file, xz"; "stored raw", ...; "tokens raw", "tokens adaptive", "tokens model" """
+    tokens: int
+    bytes_per_token: float
+    """of whole frames; the end of a session is `end_bytes`"""
+    ratio_to_f16: float
+    """f16 bytes / these bytes"""
+    end_bytes: int | None = None
+    """tail and exact rows, once a session"""
+    save_tps: float | None = None
+    """reading the rows out of the cache, coding and writing them"""
+    decode_share: float | None = None
+    """time of saving / time of decoding the same tokens one by one"""
+    restore_tps: float | None = None
+    """from files to a context that goes on"""
+    prefill_tps: float | None = None
+    """evaluating the same tokens"""
+    same_logits: bool | None = None
+    """whether the restored context went on with the live one's logits, bit for bit, for 256 tokens"""
+    tokens_bits: float | None = None
+    """bits a token"""
+    dedup_ratio: float | None = None
+    """bytes of the sessions that share a prefix, each by itself / bytes of their store"""
+    dedup_overhead: float | None = None
+    """bytes of their store / bytes of prefix + what each has of its own"""
+    first_token_speedup: float | None = None
+    """time to the first token of a new session with the shared prefix: evaluated / from the store"""
+
+
+def _step(context: Context, ids: Sequence[int]) -> np.ndarray:
+    rows = []
+    for token in ids:
+        context.evaluate([token])
+        rows.append(context.next_logits().copy())
+    return np.stack(rows)
+
+
+class _Bench:
+    def __init__(self, loaded: Model, kv: KvSpec, options: KvOptions, args: argparse.Namespace, ids: list[int], folder: Path) -> None:
+        self.loaded, self.kv, self.options, self.args, self.ids, self.folder = loaded, kv, options, args, ids, folder
+        self.n = args.tokens // FRAME * FRAME
+        self.f16 = 2.0 * sum(layer.k_values + layer.v_values for layer in loaded.meta.layers)
+
+    def context(self) -> Context:
+        n_ctx = self.n + CONTINUED
+        settings = {"n_ctx": n_ctx, "n_batch": self.args.batch, "threads": self.args.threads, "force": self.args.force}
+        return self.loaded.context(self.kv, options=self.options if self.kv.ours else None, **settings)
+
+    def rows(self) -> list[StoreRow]:
+        kv, n, ids = str(self.kv), self.n, self.ids
+        with self.context() as context:
+            started = time.perf_counter()
+            context.evaluate(ids[:n])
+            prefill = n / (time.perf_counter() - started)
+            layout = identify(context).layout
+            n_sink, n_window = window_of(layout)
+            live = StoreRow(kv, "live", n, layout.row_bytes, self.f16 / layout.row_bytes, prefill_tps=prefill)
+            slots = self._slot_file(context)  # before the steps of `_stored`
+            stored = [self._stored(context, level, layout, n_sink, n_window, prefill) for level in CODERS]
+        return [live, *slots, *stored]
+
+    def _slot_file(self, context: Context) -> list[StoreRow]:
+        """llama.cpp's own file of the sequence, and what a general compressor makes of it."""
+        kv, n, file = str(self.kv), self.n, self.folder / "slot"
+        started = time.perf_counter()
+        size = context.save_state(file)
+        saved = time.perf_counter()
+        with self.context() as other:
+            opened = time.perf_counter()
+            other.load_state(file, n)
+            loaded = time.perf_counter() - opened
+        data = file.read_bytes()
+        file.unlink()
+        packing = time.perf_counter()
+        packed = lzma.compress(data, preset=6)
+        packing = time.perf_counter() - packing
+        unpacking = time.perf_counter()
+        assert lzma.decompress(packed) == data
+        unpacking = time.perf_counter() - unpacking
+        return [
+            StoreRow(kv, "slot file", n, size / n, self.f16 * n / size, save_tps=n / (saved - started), restore_tps=n / loaded),
+            StoreRow(
+                kv, "slot file, xz", n, len(packed) / n, self.f16 * n / len(packed), save_tps=n / (saved - started + packing),
+                restore_tps=n / (loaded + unpacking),
+            ),
+        ]  # fmt: skip
+
+    def _stored(self, context: Context, level: str, layout: state.Layout, n_sink: int, n_window: int, prefill: float) -> StoreRow:
+        n, ids = self.n, self.ids
+        with Store(self.folder / f"{self.kv}-{level}".replace(":", "-")) as store:
+            id_ = store.context(identify(context))
+            parent, started = None, time.perf_counter()
+            for i in range(n // FRAME):
+                chunk = read_frame(context, i, n_sink)
+                parent = store.put(id_, parent, ids[FRAME * i : FRAME * (i + 1)], chunk, level=level)
+            end = read_end(context, n_sink, n_window)
+            store.save("x", id_, parent, [], end, {})
+            save = (time.perf_counter() - started) / n
+            size = sum(node.size for node in store.nodes())
+            info = store.session("x")
+
+            context.keep(n)
+            started = time.perf_counter()
+            expected = _step(context, ids[n : n + CONTINUED])
+            decode = (time.perf_counter() - started) / CONTINUED
+            # the steps have moved the window: what follows reads the store alone
+            with self.context() as other:
+                started = time.perf_counter()
+                chunks, damaged = store.restore(store.path_to(info.node))
+                assert damaged is None
+                tail = store.read_tail(info)
+                pieces = [(chunk, FRAME) for chunk in chunks] + ([] if tail is None else [(tail, 0)])
+                exact = None if tail is None else state.check_chunk(tail, layout, 0)
+                other.set_state(state.build(layout, pieces, ids[:n], exact), ids[:n])
+                restore = (time.perf_counter() - started) / n
+                same = bool(np.array_equal(_step(other, ids[n : n + CONTINUED]), expected))
+            ratio, overhead, speedup = self._shared(context, level)
+        return StoreRow(
+            str(self.kv), f"stored {level}", n, size / n, self.f16 * n / size, info.tail_size, 1 / save, save / decode, 1 / restore, prefill, same,
+            None, ratio, overhead, speedup,
+        )  # fmt: skip
+
+    def _shared(self, live: Context, level: str) -> tuple[float, float, float]:
+        """Sessions that begin with the first half of the text and go on differently, each in a context of its own."""
+        prefix = self.ids[: self.n // 2 // FRAME * FRAME]
+        rng = np.random.default_rng(0)
+        alone = own = 0
+        first = {"evaluated": 0.0, "stored": 0.0}
+        with Store(self.folder / f"{self.kv}-{level}-shared".replace(":", "-")) as store:
+            for i in range(self.args.sessions):
+                question = self.ids[self.n // 2 :][:40] if i == 0 else rng.choice(self.ids, 70).tolist()
+                todo = prefix + question
+                with self.context() as context, Session(store, f"s{i}", context, level=level) as session:
+                    session.save(end=False)
+                    started = time.perf_counter()
+                    context.evaluate(todo[session.find_prefix(todo, 0) :])
+                    context.next_logits()
+                    first["stored" if i > 1 else "evaluated"] = time.perf_counter() - started
+                    session.save(end=True)
+                    session.flush()
+                    info = store.session(f"s{i}")
+                    nodes = store.path_to(info.node)
+                    alone += sum(node.size for node in nodes) + info.tail_size
+                    own += sum(node.size for node in nodes[len(prefix) // FRAME :]) + info.tail_size
+                if i == 0:
+                    evaluated = first["evaluated"]
+            total = sum(node.size for node in store.nodes()) + sum(i.tail_size for i in store.sessions())
+            shared = sum(node.size for node in store.path_to(store.session("s0").node)[: len(prefix) // FRAME])
+        return alone / total, total / (shared + own), evaluated / first["stored"]
+
+
+def token_rows(loaded: Model, ids: list[int], n_model: int, threads: int | None) -> list[StoreRow]:
+    """Token tiers: adaptive over all ids, and with the model's probabilities over the first n_model (0: not)."""
+    f16 = 2.0 * sum(layer.k_values + layer.v_values for layer in loaded.meta.layers)
+    found = []
+    started = time.perf_counter()
+    coded = tokens.encode(ids)
+    saved = time.perf_counter()
+    assert tokens.decode(coded) == ids
+    ended = time.perf_counter()
+    size, n = len(coded), len(ids)
+    raw = len(pack_tokens(ids)) / n
+    found.append(StoreRow("-", "tokens raw", n, raw, f16 / raw, tokens_bits=8 * raw))
+    found.append(
+        StoreRow("-", "tokens adaptive", n, size / n, f16 * n / size, save_tps=n / (saved - started), restore_tps=n / (ended - saved), tokens_bits=8 * size / n)
+    )
+    if n_model:
+        part = ids[:n_model]
+        with bench.progress_bar("tokens, with the model's probabilities", 2 * len(part)) as advance:
+            started = time.perf_counter()
+            size, n = len(model_coder.encode(loaded, part, advance, threads=threads)), len(part)
+            rate = 2 * n / (time.perf_counter() - started)
+        found.append(StoreRow("-", "tokens model", n, size / n, f16 * n / size, save_tps=rate / 2, restore_tps=rate, tokens_bits=8 * size / n))
+    return found
+
+
+def store(args: argparse.Namespace) -> list[StoreRow]:
+    """The rows of `bench store`."""
+    from .calibrate import documentation
+
+    if args.tokens < 4 * FRAME or args.sessions < 3:
+        raise UsageError(f"--tokens must be at least {4 * FRAME}, --sessions at least 3")
+    options, kvs = kv_options(args), bench.parse_list(args.kv)
+    text = bench.read_text(args.text) if args.text else documentation()
+    with open_model(model.resolve(args.model), ngl=args.ngl) as loaded, tempfile.TemporaryDirectory() as folder:
+        ids = loaded.tokenize(text, add_special=True, parse_special=False)
+        need = args.tokens + CONTINUED
+        if len(ids) < need:
+            raise UsageError(f"the text has {len(ids)} tokens, {need} are needed: give a longer --text, or less --tokens")
+        rows: list[StoreRow] = []
+        for kv in kvs:
+            rows += _Bench(loaded, kv, options, args, ids[:need], Path(folder)).rows()
+        return rows + token_rows(loaded, ids[: args.tokens], args.model_tokens, args.threads)
+
+
+NAMES = {
+    "kv": "KV cache", "tier": "tier", "bytes_per_token": "bytes/token", "ratio_to_f16": "f16 /", "save_tps": "save/s", "decode_share": "of decode",
+    "restore_tps": "restore/s", "prefill_tps": "prefill/s", "same_logits": "exact", "tokens_bits": "bits/token", "dedup_overhead": "shared",
+    "first_token_speedup": "first token",
+}  # fmt: skip
+
+
+def print_store(title: str, rows: list[StoreRow]) -> None:
+    bench.print_table(title, rows, NAMES)
+
