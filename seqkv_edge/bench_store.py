@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from . import bench, model, model_coder, state, tokens
+from . import bench, coders, delta, model, model_coder, state, tokens
 from .chat import kv_options
 from .dropin import KvOptions
 from .engine import Context, Model, open_model
@@ -94,8 +94,16 @@ class _Bench:
             n_sink, n_window = window_of(layout)
             live = StoreRow(kv, "live", n, layout.row_bytes, self.f16 / layout.row_bytes, prefill_tps=prefill)
             slots = self._slot_file(context)  # before the steps of `_stored`
-            stored = [self._stored(context, level, layout, n_sink, n_window, prefill) for level in CODERS]
+            stored = [self._stored(context, level, layout, n_sink, n_window, prefill) for level in self._levels(context)]
         return [live, *slots, *stored]
+
+    def _levels(self, context: Context) -> list[str]:
+        """Those that this cache can be stored at."""
+        with Store(self.folder / "levels") as store:
+            id_ = store.context(identify(context))
+            kinds: tuple[delta.Level, ...] = delta.LEVELS
+            coded = [store.level(id_, context.model.profile if self.kv.ours else None, kind) for kind in kinds]
+        return [*CODERS, *(level for level in coded if level not in CODERS)]
 
     def _slot_file(self, context: Context) -> list[StoreRow]:
         """llama.cpp's own file of the sequence, and what a general compressor makes of it."""
@@ -123,10 +131,17 @@ class _Bench:
             ),
         ]  # fmt: skip
 
+    @staticmethod
+    def _in(store: Store, id_: int, context: Context, level: str) -> str:
+        """The level in a new store, which needs its own copy of the profile."""
+        split = coders.split_level(level)
+        return level if split is None else store.level(id_, context.model.profile, split[0])
+
     def _stored(self, context: Context, level: str, layout: state.Layout, n_sink: int, n_window: int, prefill: float) -> StoreRow:
         n, ids = self.n, self.ids
         with Store(self.folder / f"{self.kv}-{level}".replace(":", "-")) as store:
             id_ = store.context(identify(context))
+            level = self._in(store, id_, context, level)
             parent, started = None, time.perf_counter()
             for i in range(n // FRAME):
                 chunk = read_frame(context, i, n_sink)
@@ -154,7 +169,7 @@ class _Bench:
                 same = bool(np.array_equal(_step(other, ids[n : n + CONTINUED]), expected))
             ratio, overhead, speedup = self._shared(context, level)
         return StoreRow(
-            str(self.kv), f"stored {level}", n, size / n, self.f16 * n / size, info.tail_size, 1 / save, save / decode, 1 / restore, prefill, same,
+            str(self.kv), f"stored {level.partition('-')[0]}", n, size / n, self.f16 * n / size, info.tail_size, 1 / save, save / decode, 1 / restore, prefill, same,
             None, ratio, overhead, speedup,
         )  # fmt: skip
 
@@ -168,7 +183,7 @@ class _Bench:
             for i in range(self.args.sessions):
                 question = self.ids[self.n // 2 :][:40] if i == 0 else rng.choice(self.ids, 70).tolist()
                 todo = prefix + question
-                with self.context() as context, Session(store, f"s{i}", context, level=level) as session:
+                with self.context() as context, Session(store, f"s{i}", context, level=None if coders.split_level(level) else level) as session:
                     session.save(end=False)
                     started = time.perf_counter()
                     context.evaluate(todo[session.find_prefix(todo, 0) :])

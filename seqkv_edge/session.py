@@ -124,14 +124,16 @@ def window_of(layout: Layout) -> tuple[int, int]:
 class Session:
     """A named session on a context. Raises StoreError when another process has it open."""
 
-    def __init__(self, store: Store, name: str, context: Context, *, size_limit: int | None = None, salt: str = "", level: str = "raw") -> None:
-        """size_limit: bytes that the store may take; checked when the session is closed. level: how chunks are coded."""
+    def __init__(self, store: Store, name: str, context: Context, *, size_limit: int | None = None, salt: str = "", level: str | None = None) -> None:
+        """size_limit: bytes that the store may take; checked when the session is closed. level: how chunks are coded (None: with the
+        predictors of the context's profile, if it has any)."""
         self.store, self.name, self.context = store, check_name(name), context
-        self.size_limit, self.level = size_limit, level
+        self.size_limit = size_limit
         self.say: Say = lambda _text: None
         self.identity = identify(context, salt)
         self.n_sink, self.n_window = window_of(self.identity.layout)
         self.id = store.context(self.identity)
+        self.level = level or store.level(self.id, context.model.profile)
         self._lock = store.lock(name)
         try:
             # a moment of patience: others test the lock by taking it

@@ -29,6 +29,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from . import coders, delta
 from .errors import DamagedError, SeqkvError, StateError, StoreError
 from .state import FRAME, Chunk, Layout, check_chunk
 
@@ -93,8 +94,8 @@ class Identity:
 
 
 class Coder(Protocol):
-    """A lossless coder of the blocks of a chunk. Both sides know the tokens and what the cache is of (model, profile, types); a chunk
-    is decoded without any other, so that damage stays where it is."""
+    """A lossless coder of the blocks of a chunk by itself. Both sides know the tokens and what the cache is of (model, profile, types).
+    Coders that look at the frames before (coders.py) are made for a path."""
 
     def encode(self, blocks: bytes, identity: Identity, tokens: Sequence[int]) -> bytes: ...
 
@@ -114,7 +115,7 @@ class Raw:
 
 
 CODERS: dict[str, Coder] = {"raw": Raw()}
-"""by level; a row names the level that its file was written with"""
+"""by level, those of chunks by themselves; a row names the level that its file was written with"""
 
 
 @dataclass(frozen=True)
@@ -211,19 +212,30 @@ def address_of(parent: bytes | None, key: bytes, tokens: Sequence[int]) -> bytes
     return _blake3((parent or ROOT) + key + pack_tokens(tokens))
 
 
-def pack_chunk(chunk: Chunk, level: str, identity: Identity, tokens: Sequence[int]) -> bytes:
+def _pack(extra: bytes, coded: bytes) -> bytes:
     """A chunk's file: length of extra (u32), extra, coded blocks."""
-    return struct.pack("<I", len(chunk.extra)) + chunk.extra + CODERS[level].encode(chunk.blocks, identity, tokens)
+    return struct.pack("<I", len(extra)) + extra + coded
+
+
+def _unpack(data: bytes) -> tuple[bytes, bytes]:
+    """Extra and coded blocks of a chunk's file. Raises StateError."""
+    if len(data) < 4 or struct.unpack("<I", data[:4])[0] > len(data) - 4:
+        raise StateError("a chunk is cut short")
+    end = 4 + struct.unpack("<I", data[:4])[0]
+    return data[4:end], data[end:]
+
+
+def pack_chunk(chunk: Chunk, level: str, identity: Identity, tokens: Sequence[int]) -> bytes:
+    """The file of a chunk by itself."""
+    return _pack(chunk.extra, CODERS[level].encode(chunk.blocks, identity, tokens))
 
 
 def unpack_chunk(data: bytes, level: str, identity: Identity, tokens: Sequence[int]) -> Chunk:
     """Raises StateError, or what the coder raises, for anything but a chunk of these tokens."""
     if level not in CODERS:
         raise StateError(f"a chunk was written at the level {level!r}, which this version does not know: upgrade seqkv-edge")
-    if len(data) < 4 or struct.unpack("<I", data[:4])[0] > len(data) - 4:
-        raise StateError("a chunk is cut short")
-    end = 4 + struct.unpack("<I", data[:4])[0]
-    chunk = Chunk(CODERS[level].decode(data[end:], identity, tokens), data[4:end])
+    extra, coded = _unpack(data)
+    chunk = Chunk(CODERS[level].decode(coded, identity, tokens), extra)
     check_chunk(chunk, identity.layout, len(tokens))
     return chunk
 
@@ -287,6 +299,8 @@ class Store:
         self.chunks = self.path / "chunks"
         self._lock = threading.RLock()
         self._keys: dict[int, Identity] = {}
+        self._delta: dict[tuple[int, str], delta.Coder | None] = {}  # by context and level
+        self._ends: dict[tuple[int, str], tuple[bytes | None, coders.Delta]] = {}  # a coder of a path, and where that ends
         self._db: sqlite3.Connection | None = None
         if not create and not (self.path / "index.sqlite").is_file():
             raise StoreError(f"there is no session store in {self.path}: 'chat --session NAME' makes one")
@@ -467,7 +481,11 @@ class Store:
         known = self.context_of(context)
         if len(tokens) != FRAME:
             raise StoreError(f"a frame has {FRAME} tokens, not {len(tokens)}")
-        data = pack_chunk(chunk, level, known, tokens)
+        coder = None
+        if level in CODERS:
+            data = pack_chunk(chunk, level, known, tokens)
+        else:
+            data, level, coder = self._code_next(context, parent, tokens, chunk, level)
         content, address, now = _content(chunk), address_of(parent, known.key, tokens), time.time()
         with self._change() as db:
             depth = 0
@@ -497,7 +515,127 @@ class Store:
                 db.execute("UPDATE nodes SET bits = ?, n_bits = ? WHERE id = ? AND n_bits < ?", (surprisal.bits, surprisal.n, id_, surprisal.n))
             if session is not None:
                 self._move(db, session, id_, depth + 1)
+        if coder is not None:
+            self._ends[context, level] = (id_, coder)
         return id_
+
+    # --- levels that look at the frames before ---
+
+    def level(self, context: int, profile: Path | None, kind: delta.Level = "small") -> str:
+        """The name of a level for the frames of a context, which is coded with the predictors of a profile; "raw" where that
+        cannot be: no profile, or one without predictors, or rows that have none. A copy of the profile is kept in the store."""
+        if profile is None:
+            return "raw"
+        with self._explained():
+            data = profile.read_bytes()
+        name = coders.level_name(kind, _blake3(data))
+        kept = self._profile(name)
+        with self._explained():
+            if not kept.is_file():
+                if coders.predictors(profile, self.context_of(context).layout) is None:
+                    return "raw"
+                kept.parent.mkdir(exist_ok=True)
+                temporary = kept.with_name(f"{kept.name}.{os.getpid()}-{threading.get_ident()}.tmp")
+                temporary.write_bytes(data)
+                os.replace(temporary, kept)
+        return name if self._predictors(context, name) is not None else "raw"
+
+    def _profile(self, level: str) -> Path:
+        kind = coders.split_level(level)
+        assert kind is not None
+        return self.path / "profiles" / f"{kind[1]}.seqkv.gguf"
+
+    def _predictors(self, context: int, level: str) -> delta.Coder | None:
+        """None: this version, or this store, cannot code at the level."""
+        if (context, level) not in self._delta:
+            found = None
+            if coders.split_level(level) is not None and self._profile(level).is_file():
+                try:
+                    found = coders.predictors(self._profile(level), self.context_of(context).layout)
+                except SeqkvError:
+                    found = None  # a damaged copy: its chunks are evaluated again
+            self._delta[context, level] = found
+        return self._delta[context, level]
+
+    def _path_coder(self, context: int, level: str) -> coders.Delta:
+        """At the root. Raises StateError."""
+        found, split = self._predictors(context, level), coders.split_level(level)
+        if split is None:
+            raise StateError(f"a chunk was written at the level {level!r}, which this version does not know: upgrade seqkv-edge")
+        if found is None:
+            raise StateError(f"the predictors of the level {level!r} are missing or damaged in {self.path / 'profiles'}")
+        return coders.Delta(found, split[0])
+
+    def _code_next(
+        self, context: int, parent: bytes | None, tokens: Sequence[int], chunk: Chunk, level: str
+    ) -> tuple[bytes, str, coders.Delta | None]:
+        """The file of the frame behind `parent`, the level it was coded at ("raw" where a frame before it is damaged), and the coder,
+        which is now behind it."""
+        at, coder = self._ends.pop((context, level), (None, None))
+        if coder is None or at != parent:
+            path = self.path_to(parent)
+            chunks, error, ends = self._walk(path, level)
+            if error is not None or len(chunks) < len(path):
+                return pack_chunk(chunk, "raw", self.context_of(context), tokens), "raw", None
+            coder = ends.get(level) or self._path_coder(context, level)
+        return _pack(chunk.extra, coder.encode(tokens, chunk)), level, coder
+
+    def _walk(self, nodes: Sequence[Node], *levels: str) -> tuple[list[Chunk], DamagedError | None, dict[str, coders.Delta]]:
+        """The chunks of a path from the root, up to the first one that cannot be had, and why; coders at its end, of the path's
+        levels and of `levels`."""
+        chunks: list[Chunk] = []
+        ends: dict[str, coders.Delta] = {}
+        context = nodes[0].context if nodes else 0
+        wanted = {n.level for n in nodes if n.level is not None and n.level not in CODERS} | set(levels if nodes else ())
+        try:
+            for level in sorted(wanted - CODERS.keys()):
+                with contextlib.suppress(StateError):
+                    ends[level] = self._path_coder(context, level)
+            while len(chunks) < len(nodes):
+                first = len(chunks)
+                level, error = nodes[first].level, None
+                if level not in ends:
+                    found = [self._read_alone(nodes[first])]
+                else:
+                    end = next((i for i in range(first, len(nodes)) if nodes[i].level != level), len(nodes))
+                    found, error = self._decode_run(nodes[first : min(end, first + 4 * coders.WINDOW)], ends[level])
+                for node, chunk in zip(nodes[first:], found):
+                    for other, coder in ends.items():
+                        if other != level:
+                            coder.add(node.tokens, chunk)
+                chunks += found
+                if error is not None:
+                    return chunks, error, {}
+        except DamagedError as error:
+            return chunks, error, {}
+        return chunks, None, ends
+
+    def _decode_run(self, nodes: Sequence[Node], coder: coders.Delta) -> tuple[list[Chunk], DamagedError | None]:
+        """The chunks of consecutive nodes of one level, up to the first damaged one, and what is wrong with that. Raises DamagedError."""
+        frames: list[tuple[Sequence[int], bytes, bytes]] = []
+        damaged = None
+        for node in nodes:
+            try:
+                frames.append((node.tokens, *self._read_packed(node)))
+            except DamagedError as error:
+                damaged = error
+                break
+        if not frames:
+            return [], damaged
+        layout = self.context_of(nodes[0].context).layout
+        try:
+            chunks = [Chunk(blocks, extra) for blocks, (_, extra, _) in zip(coder.decode_run(frames), frames)]
+            for chunk in chunks:
+                check_chunk(chunk, layout, FRAME)
+            for node, chunk in zip(nodes, chunks):
+                with self._read() as db:
+                    row = db.execute("SELECT content FROM nodes WHERE id = ?", (node.id,)).fetchone()
+                if row is None or row[0] != _content(chunk):
+                    raise StateError("a chunk decodes to something else than was stored")
+        except SeqkvError as error:
+            self._forget_chunk(nodes[0], str(error))
+            raise DamagedError(f"{_where(nodes[0])} is damaged in {self.path}: its tokens are evaluated again") from None
+        return chunks, damaged
 
     def find_same(self, context: int, parent: bytes | None, tokens: Sequence[int], chunk: Chunk) -> bytes | None:
         """The node under `parent` with these tokens and this very chunk, if others may find it."""
@@ -580,36 +718,60 @@ class Store:
         return best
 
     def read_chunk(self, node: Node) -> Chunk:
-        """The chunk of a node, checked. Raises DamagedError; the chunk is then marked as gone."""
-        where = f"the chunk of tokens {FRAME * node.depth} to {FRAME * node.depth + FRAME - 1}"
+        """The chunk of a node, checked. Raises DamagedError; the chunk that is damaged, of the node or of one before it that it is
+        coded from, is then marked as gone."""
+        if node.level is None or node.level in CODERS:
+            return self._read_alone(node)
+        path = self.path_to(node.id)
+        chunks, error, _ = self._walk(path)
+        if error is not None:
+            raise error
+        return chunks[-1]
+
+    def _read_packed(self, node: Node) -> tuple[bytes, bytes]:
+        """Extra and coded blocks of a node's chunk. Raises DamagedError; the chunk is then marked as gone."""
+        where = _where(node)
         with self._read() as db:
             row = db.execute("SELECT level, size, digest FROM nodes WHERE id = ?", (node.id,)).fetchone()
-            if row is None or row[0] is None:
+            if row is None or row[0] is None or row[0] != node.level:
                 raise DamagedError(f"{where} is no longer in {self.path}: its tokens are evaluated again")
-            if row[0] not in CODERS:  # of a newer version: not usable here, and not to be removed
+            if row[0] not in CODERS and coders.split_level(row[0]) is None:  # of a newer version: not usable here, and not to be removed
                 raise DamagedError(f"{where} was written at the level {row[0]!r}, which this version does not know: upgrade seqkv-edge")
+            if row[0] not in CODERS and self._predictors(node.context, row[0]) is None:
+                raise DamagedError(f"{where} cannot be decoded: its predictors are missing or damaged in {self.path / 'profiles'}; its tokens are evaluated again")
             try:
-                data = self._read_file(chunk_name(node.id, row[0]), row[1], row[2], where)
-                return unpack_chunk(data, row[0], self.context_of(node.context), node.tokens)
+                return _unpack(self._read_file(chunk_name(node.id, row[0]), row[1], row[2], where))
             except SeqkvError as error:
-                self._forget_chunk(node.id, row[2], str(error))
+                self._forget_chunk(node, str(error))
                 raise DamagedError(str(error)) from None
 
-    def _forget_chunk(self, id_: bytes, digest: bytes, why: str) -> None:
+    def _read_alone(self, node: Node) -> Chunk:
+        """The chunk of a node of a level that looks at no other. Raises DamagedError; the chunk is then marked as gone."""
+        extra, coded = self._read_packed(node)
+        try:
+            assert node.level is not None
+            chunk = Chunk(CODERS[node.level].decode(coded, self.context_of(node.context), node.tokens), extra)
+            check_chunk(chunk, self.context_of(node.context).layout, len(node.tokens))
+            return chunk
+        except SeqkvError as error:
+            self._forget_chunk(node, str(error))
+            raise DamagedError(str(error)) from None
+
+    def _forget_chunk(self, node: Node, why: str) -> None:
         with contextlib.suppress(StoreError):  # of a store that cannot be written; the chunk is not used all the same
             with self._change() as db:
-                db.execute("UPDATE nodes SET level = NULL WHERE id = ? AND digest = ?", (id_, digest))
-                self._event(db, f"chunk {id_.hex()[:16]}", why)
-            self._sweep([chunk_name(id_, level) for level in CODERS])
+                db.execute("UPDATE nodes SET level = NULL WHERE id = ? AND level = ?", (node.id, node.level))
+                self._event(db, f"chunk {node.id.hex()[:16]}", why)
+            if node.level is not None:
+                self._sweep([chunk_name(node.id, node.level)])
 
     def restore(self, nodes: Sequence[Node]) -> tuple[list[Chunk], DamagedError | None]:
         """The chunks of a path up to the first damaged one, and what is wrong with that."""
-        chunks: list[Chunk] = []
-        for node in nodes:
-            try:
-                chunks.append(self.read_chunk(node))
-            except DamagedError as error:
-                return chunks, error
+        chunks, error, ends = self._walk(nodes)
+        if error is not None:
+            return chunks, error
+        for level, coder in ends.items():
+            self._ends[nodes[0].context, level] = (nodes[-1].id, coder)
         if nodes:
             with contextlib.suppress(StoreError), self._change() as db:  # reading works on a read-only disk too
                 db.executemany("UPDATE nodes SET used = ?, hits = hits + 1 WHERE id = ?", [(time.time(), node.id) for node in nodes])
@@ -866,11 +1028,21 @@ class Store:
                 problems.append(Problem(where, "its parent is missing"))
             elif address is not None and address != address_of(node.parent, self.context_of(node.context).key, node.tokens):
                 problems.append(Problem(where, "its tokens are not those of its address"))
-            if node.level is not None:
+            if node.level is not None and node.level in CODERS:
                 try:
-                    self.read_chunk(node)
+                    self._read_alone(node)
                 except DamagedError as error:
                     problems.append(Problem(where, str(error)))
+        parents = {node.parent for node in nodes.values()}
+        found: set[str] = set()
+        for leaf in nodes.values():  # the other levels, path by path
+            path = [] if leaf.id in parents else self.path_to(leaf.id)
+            path = path[: next((i for i, node in enumerate(path) if node.level is None), len(path))]
+            if any(node.level not in CODERS for node in path):
+                chunks, error, _ = self._walk(path)
+                if error is not None and str(error) not in found:
+                    found.add(str(error))
+                    problems.append(Problem(f"chunk {path[len(chunks)].id.hex()[:16]}", str(error)))
         for info in self.sessions():
             where = f"session {info.name}"
             try:
@@ -891,6 +1063,10 @@ class Store:
         first, second = (self.path_to(self.session(name).node) for name in (a, b))
         common = [x for x, y in zip(first, second) if x.id == y.id]
         return sum(n.surprisal.bits for n in common), FRAME * len(common), sum(n.surprisal.n for n in common)
+
+
+def _where(node: Node) -> str:
+    return f"the chunk of tokens {FRAME * node.depth} to {FRAME * node.depth + FRAME - 1}"
 
 
 def chunk_name(id_: bytes, level: str) -> str:
