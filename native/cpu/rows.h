@@ -820,6 +820,7 @@ static void dot_levels(const float * q, const level_tile & k, const float * cons
 
 // Integer products: p times factor is 16 bits of a unit of its own for each query and block column, an error of about
 // 1e-9 (NMSE), and four rows are added up in one instruction.
+
 // Vectors 2*half and 2*half + 1 of the sums: values 16*L + 4*k .. of a row are in lane L of vector k, where bytes of four rows come
 // side by side.
 template <int NQ, int half>
