@@ -818,8 +818,9 @@ static void dot_levels(const float * q, const level_tile & k, const float * cons
 // y (NQ, d) += p (NQ, ld) x; x: n rows of a tile of the uniform plan, n a multiple of 16; p >= 0
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512DQ__)
 
-// Integer products: p times factor is 16 bits of a unit of its own for each query and block column, which is an error of
-// 1e-9 at most (NMSE), and four rows are added up in one instruction.
+// Integer products: p times factor is 16 bits of a unit of its own for each query and block column, an error of about
+// 1e-9 (NMSE), and four rows are added up in one instruction.
+
 // Vectors 2*half and 2*half + 1 of the sums: values 16*L + 4*k .. of a row are in lane L of vector k, where bytes of four rows come
 // side by side.
 template <int NQ, int half>

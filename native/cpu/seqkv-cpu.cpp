@@ -17,7 +17,7 @@
 #include <vector>
 
 static constexpr int MAX_HEAD = 256;
-static constexpr int TILE     = 64;      // rows of the KV axis in a tile
+static constexpr int TILE     = TILE_ROWS; // rows of the KV axis in a tile
 static constexpr int TILE_Q   = 256;     // query rows (tokens x heads of a group) in a tile, at most; GGML_SEQKV_MAX_GROUP and more
 static constexpr int CHUNK    = 16*TILE; // KV rows of one unit of work in decode; fixed, so that results do not depend on the number of threads
 static constexpr ggml_fp16_t MASKED = 0xfc00; // -inf; a mask has this or 0
@@ -525,7 +525,7 @@ static void transpose(const float * GGML_RESTRICT x, float * GGML_RESTRICT y, in
 // Scratch of one thread. Shapes in floats; nq: query rows of the largest tile.
 struct attn_scratch {
     float * q;     // (nq, dk)     queries as given
-    float * qs;    // (FRAME_Q, dk) the same, rotated pairs swapped
+    float * qs;    // (FRAME_Q, dk) the same, the two of each rotated pair swapped
     float * qr;    // (FRAME_Q, dk) queries in the frames of the next tiles
     float * qf;    // (FRAME_Q, dk) the same in the domain of the keys
     float * k;     // (TILE, dk)   keys of a tile
@@ -546,7 +546,9 @@ struct attn_scratch {
 
     static size_t floats(const attn_view & a) {
         const size_t dk = a.p.dk, dv = a.p.dv, nq = tile_tokens(a)*a.group;
-        const size_t n = nq*(dk + 2*dv + TILE + 3) + FRAME_Q*3*dk + TILE*(3*dk + dv) + std::max(dk, dv)/SEQKV_BLOCK*(level_tile::LV/sizeof(float) + level_tile::F) + (a.form_k == DENSE ? dk*dk + SEQKV_FRAME*dk : 0);
+        const size_t levels = std::max(dk, dv)/SEQKV_BLOCK*(level_tile::LV/sizeof(float) + level_tile::F);
+        const size_t tables = a.form_k == DENSE ? dk*dk + SEQKV_FRAME*dk : 0;
+        const size_t n = nq*(dk + 2*dv + TILE + 3) + FRAME_Q*3*dk + TILE*(3*dk + dv) + levels + tables;
         return GGML_PAD(n, 16) + 16; // threads do not share cache lines
     }
     static int64_t tile_tokens(const attn_view & a) {
