@@ -342,7 +342,7 @@ class Conversation:
 
         A question whose answer had not begun is taken back: False.
         """
-        checked = _check_conversation(data)
+        checked = check_conversation(data)
         if checked is None:
             raise StateError("a saved conversation is damaged")
         self.system, self.messages = data["system"], [dict(m) for m in data["messages"]]
@@ -437,7 +437,7 @@ def _digest(path: Path, n: int) -> str:
     return digest.hexdigest()
 
 
-def _check_conversation(data: dict[str, Any]) -> dict[str, Any] | None:
+def check_conversation(data: dict[str, Any]) -> dict[str, Any] | None:
     """`data` if it has the form of `Conversation.as_json`."""
     fields = {"system": (str, type(None)), "messages": list, "rendered": str, "pending": list, "answer_from": (int, type(None))}
     if not all(name in data and isinstance(data[name], kind) for name, kind in fields.items()):

@@ -15,11 +15,11 @@ import struct
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from .conversation import _check_conversation
+from .conversation import check_conversation
 from .engine import temporary_beside
 from .errors import SeqkvError, StateError, StoreError
 from .state import FRAME
-from .store import Identity, Store, Surprisal, _blake3, check_name, pack_chunk, pack_tokens, unpack_chunk, unpack_tokens
+from .store import Identity, Store, Surprisal, blake3_of, check_name, pack_chunk, pack_tokens, unpack_chunk, unpack_tokens
 
 MAGIC = b"seqkvse1"
 _MAX_HEADER = 1 << 26
@@ -37,14 +37,14 @@ def export_session(store: Store, name: str, path: Path) -> int:
     chunks, _ = store.restore([n for n in nodes if n.level is not None][: next((i for i, n in enumerate(nodes) if n.level is None), len(nodes))])
     parts = [pack_chunk(chunk, "raw", identity, node.tokens) for chunk, node in zip(chunks, nodes)]
     frames = [
-        {"size": len(p), "blake3": _blake3(p).hex(), "bits": n.surprisal.bits, "n_bits": n.surprisal.n} for p, n in zip(parts, nodes)
+        {"size": len(p), "blake3": blake3_of(p).hex(), "bits": n.surprisal.bits, "n_bits": n.surprisal.n} for p, n in zip(parts, nodes)
     ]
     tail = store.read_tail(info) if info.coder is None and len(chunks) == len(nodes) else None
     packed_tail = b"" if tail is None else pack_chunk(tail, "raw", identity, info.tail_tokens)
     ids = pack_tokens(tokens)
     header = json.dumps({
-        "name": name, "context": identity.as_json(), "data": info.data, "n_tokens": len(tokens), "tokens_blake3": _blake3(ids).hex(),
-        "frames": frames, "tail": None if tail is None else {"size": len(packed_tail), "blake3": _blake3(packed_tail).hex()},
+        "name": name, "context": identity.as_json(), "data": info.data, "n_tokens": len(tokens), "tokens_blake3": blake3_of(ids).hex(),
+        "frames": frames, "tail": None if tail is None else {"size": len(packed_tail), "blake3": blake3_of(packed_tail).hex()},
     }).encode()  # fmt: skip
     if len(header) > _MAX_HEADER:
         raise StoreError(f"session {name!r} is too long for one file ({len(header):,} bytes of text)")
@@ -52,7 +52,7 @@ def export_session(store: Store, name: str, path: Path) -> int:
     temporary = temporary_beside(path)
     try:
         with temporary.open("wb") as file:
-            for part in (head, _blake3(head), ids, *parts, packed_tail):
+            for part in (head, blake3_of(head), ids, *parts, packed_tail):
                 file.write(part)
             file.flush()
             os.fsync(file.fileno())
@@ -92,7 +92,7 @@ def _import(store: Store, file: BinaryIO, path: Path, name: str | None) -> str:
     if head[:8] != MAGIC or n_header > _MAX_HEADER:
         raise bad
     head += take(n_header)
-    if _blake3(head) != take(32):
+    if blake3_of(head) != take(32):
         raise bad
     try:
         header = json.loads(head[12:])
@@ -102,12 +102,12 @@ def _import(store: Store, file: BinaryIO, path: Path, name: str | None) -> str:
         n_tokens = header["n_tokens"]
         if not isinstance(data, dict) or not isinstance(frames, list) or not isinstance(n_tokens, int) or not isinstance(header["name"], str):
             raise bad
-        if "messages" in data and _check_conversation(data) is None:
+        if "messages" in data and check_conversation(data) is None:
             raise bad
         if len(frames) * FRAME > n_tokens or n_tokens > left // 4:
             raise bad
         ids = take(4 * n_tokens)
-        if _blake3(ids).hex() != header["tokens_blake3"]:
+        if blake3_of(ids).hex() != header["tokens_blake3"]:
             raise bad
         tokens = unpack_tokens(ids)
         name = check_name(header["name"] if name is None else name)
@@ -116,7 +116,7 @@ def _import(store: Store, file: BinaryIO, path: Path, name: str | None) -> str:
         context, parent = store.context(identity), None
         for i, frame in enumerate(frames):
             part = take(frame["size"])
-            if _blake3(part).hex() != frame["blake3"]:
+            if blake3_of(part).hex() != frame["blake3"]:
                 raise bad
             frame_tokens = tokens[FRAME * i : FRAME * (i + 1)]
             chunk = unpack_chunk(part, "raw", identity, frame_tokens)
@@ -128,7 +128,7 @@ def _import(store: Store, file: BinaryIO, path: Path, name: str | None) -> str:
         rest, end = tokens[FRAME * len(frames) :], None
         if tail is not None:
             part = take(tail["size"])
-            if _blake3(part).hex() != tail["blake3"] or len(rest) >= FRAME:
+            if blake3_of(part).hex() != tail["blake3"] or len(rest) >= FRAME:
                 raise bad
             end = unpack_chunk(part, "raw", identity, rest)
         if left:

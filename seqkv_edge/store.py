@@ -90,7 +90,7 @@ class Identity:
     def key(self) -> bytes:
         """Hash of all but the names for people: a model's file may be renamed, and the layout tells KV types apart."""
         fields = {"model_id": self.model_id, "rope": self.rope, "salt": self.salt, "layout": self.layout.as_json()}
-        return _blake3(json.dumps(fields, sort_keys=True).encode())
+        return blake3_of(json.dumps(fields, sort_keys=True).encode())
 
 
 class Coder(Protocol):
@@ -192,7 +192,7 @@ class Problem:
     what: str
 
 
-def _blake3(data: bytes) -> bytes:
+def blake3_of(data: bytes) -> bytes:
     from blake3 import blake3
 
     return blake3(data).digest()
@@ -209,7 +209,7 @@ def unpack_tokens(data: bytes) -> tuple[int, ...]:
 
 def address_of(parent: bytes | None, key: bytes, tokens: Sequence[int]) -> bytes:
     """The address of a frame under a parent node (None: the root) in the context `key`."""
-    return _blake3((parent or ROOT) + key + pack_tokens(tokens))
+    return blake3_of((parent or ROOT) + key + pack_tokens(tokens))
 
 
 def _pack(extra: bytes, coded: bytes) -> bytes:
@@ -241,7 +241,7 @@ def unpack_chunk(data: bytes, level: str, identity: Identity, tokens: Sequence[i
 
 
 def _content(chunk: Chunk) -> bytes:
-    return _blake3(struct.pack("<I", len(chunk.extra)) + chunk.extra + chunk.blocks)
+    return blake3_of(struct.pack("<I", len(chunk.extra)) + chunk.extra + chunk.blocks)
 
 
 def default_path() -> Path:
@@ -435,7 +435,7 @@ class Store:
                 data = file.read(size + 1)
         except FileNotFoundError:
             raise DamagedError(f"{where} is missing in {self.path}: its tokens are evaluated again") from None
-        if len(data) != size or _blake3(data) != digest:
+        if len(data) != size or blake3_of(data) != digest:
             raise DamagedError(f"{where} is damaged in {self.path}: its tokens are evaluated again")
         return data
 
@@ -503,13 +503,13 @@ class Store:
                 db.execute(
                     "INSERT INTO nodes VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, 0)",
                     (id_, address, parent, context, depth, pack_tokens(tokens), bool(private), surprisal.bits, surprisal.n,
-                     content, level, len(data), _blake3(data), now, now),
+                     content, level, len(data), blake3_of(data), now, now),
                 )  # fmt: skip
             else:
                 if row[0] is None:
                     db.execute(
                         "UPDATE nodes SET content = ?, level = ?, size = ?, digest = ? WHERE id = ?",
-                        (content, level, len(data), _blake3(data), id_),
+                        (content, level, len(data), blake3_of(data), id_),
                     )
                 db.execute("UPDATE nodes SET used = ?, hits = hits + 1 WHERE id = ?", (now, id_))
                 db.execute("UPDATE nodes SET bits = ?, n_bits = ? WHERE id = ? AND n_bits < ?", (surprisal.bits, surprisal.n, id_, surprisal.n))
@@ -648,7 +648,7 @@ class Store:
 
     def _place(self, db: sqlite3.Connection, address: bytes, content: bytes, private: bytes) -> bytes:
         """The id under which a chunk belongs: that of the same bytes, or of a node that lost its own, or a new one."""
-        own = _blake3(address + content + private)
+        own = blake3_of(address + content + private)
         if private:
             return own
         for id_, level, stored in db.execute("SELECT id, level, content FROM nodes WHERE address = ? AND NOT private", (address,)).fetchall():
@@ -781,7 +781,7 @@ class Store:
 
     def lock(self, name: str) -> Lock:
         """The lock of a session (not taken)."""
-        return Lock(self.path / "locks" / (_blake3(check_name(name).encode()).hex()[:32] + ".lock"))
+        return Lock(self.path / "locks" / (blake3_of(check_name(name).encode()).hex()[:32] + ".lock"))
 
     def locked(self, name: str) -> bool:
         """Whether a session is in use."""
@@ -842,7 +842,7 @@ class Store:
             old = db.execute("SELECT tail, created FROM sessions WHERE name = ?", (check_name(name),)).fetchone()
             if tail_name is not None and (old is None or old[0] != tail_name):
                 self._write(tail_name, file)
-            values = (context, node, pack_tokens(tail_tokens), tail_name, len(file), _blake3(file), content)
+            values = (context, node, pack_tokens(tail_tokens), tail_name, len(file), blake3_of(file), content)
             n_tokens = FRAME * (depth + 1) + len(tail_tokens)
             db.execute(
                 "INSERT OR REPLACE INTO sessions VALUES (?, ?, ?, ?, ?, ?, ?, ?, NULL, NULL, ?, ?, ?, ?)",

@@ -71,11 +71,12 @@ def store() -> str:
         [
             r["kv"] if r["kv"] != "-" else "", r["tier"], f"{r['bytes_per_token']:,.{0 if r['bytes_per_token'] > 100 else 2}f}", f"{r['ratio_to_f16']:,.1f}",
             cell(r["tokens_bits"], ".2f"), cell(r["save_tps"], ",.0f"), cell(r["restore_tps"], ",.0f"), cell(r["prefill_tps"], ",.0f"),
-            {None: "", True: "yes", False: "no"}[r["same_logits"]],
+            {None: "", True: "yes", False: "no"}[r["same_logits"]], "" if r["end_bytes"] is None else f"{r['end_bytes'] / 2**20:.1f} MiB",
+            cell(r["dedup_overhead"], ".3f"), "" if r["first_token_speedup"] is None else f"{r['first_token_speedup']:.0f} x",
         ]
         for r in json.loads((ROOT / "docs/store.json").read_text())
     ]  # fmt: skip
-    return table(["KV cache", "tier", "bytes/token", "f16 /", "bits/token", "save, tokens/s", "restore", "prefill", "same logits"], body)
+    return table(["KV cache", "tier", "bytes/token", "f16 /", "bits/token", "save, tokens/s", "restore", "prefill", "same logits", "and once a session", "shared", "first token"], body)
 
 
 def memory() -> str:
