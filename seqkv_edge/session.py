@@ -401,6 +401,8 @@ class ChatSession:
             self.turns = _turns(turns) if same and isinstance(turns, list) else []
             session.saving = True
             line = f"session {session.name!r}: {session.context.n_past} tokens, {len(talk.messages)} messages"
+        if session.level == "raw" and session.context.kv.ours:
+            session.say("its frames are stored as they are: the profile has no predictors to code them with ('calibrate --predictors' adds them)")
         self._moved = session.context.moved_from
         talk.changed = self._changed
         talk.find_prefix = session.find_prefix

@@ -528,10 +528,11 @@ class Store:
             return "raw"
         with self._explained():
             data = profile.read_bytes()
-        name = coders.level_name(kind, _blake3(data))
+        name = coders.level_name(kind, blake3_of(data))
         kept = self._profile(name)
         with self._explained():
-            if not kept.is_file():
+            if not kept.is_file() or kept.read_bytes() != data:
+                self._delta.clear()
                 if coders.predictors(profile, self.context_of(context).layout) is None:
                     return "raw"
                 kept.parent.mkdir(exist_ok=True)

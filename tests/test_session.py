@@ -621,3 +621,109 @@ def test_llama_cpp_python_cache(tmp_path):
     llm.close()
     with pytest.raises(KeyError):
         cache[[5, 6, 7]]
+
+
+# --- frames that are coded from the frames before them ---
+
+
+@pytest.fixture(scope="module")
+def default_model() -> Iterator[Model]:
+    """The default model, whose profile has predictors."""
+    with open_model(model.resolve(None), ngl=0) as loaded:
+        yield loaded
+
+
+SPEECH = "The store keeps what every session shares. A frame has sixty-four tokens, and what follows it is predicted from it. "
+
+
+def coded(default_model: Model, n_ctx: int = 1024) -> Context:
+    return default_model.context(llama.KvSpec.parse("seqkv3"), n_ctx=n_ctx)
+
+
+def words(default_model: Model, n: int) -> list[int]:
+    return default_model.tokenize(SPEECH * 30, add_special=True, parse_special=False)[:n]
+
+
+@pytest.mark.model
+@pytest.mark.parametrize("n_tokens", [320, 340])
+def test_coded_frames_continue_bit_for_bit(default_model, store, n_tokens):
+    """Coded smaller than the blocks are, in two runs and by two coders, and read back as they were."""
+    tokens = words(default_model, n_tokens)
+    with coded(default_model) as context:
+        with Session(store, "a", context) as session:
+            assert session.level.startswith("small-")
+            context.evaluate(tokens[:200])
+        with Session(store, "a", context) as session:  # a coder that has seen nothing yet
+            session.load()
+            context.evaluate(tokens[200:])
+            session.save(end=True)
+        expected = step(context, tokens[:40])
+        row_bytes = identify(context).layout.row_bytes
+    nodes = store.path_to(store.session("a").node)
+    assert len(nodes) == 5 and all(n.level == session.level for n in nodes)
+    assert sum(n.size for n in nodes[1:]) < 0.85 * 4 * FRAME * row_bytes  # the first has exact rows too
+    with Store(store.path) as other, coded(default_model) as context, Session(other, "a", context) as session:
+        said: list[str] = []
+        session.say = said.append
+        session.load()
+        assert np.array_equal(step(context, tokens[:40]), expected) and said == []
+        assert other.verify() == []
+
+
+@pytest.mark.model
+def test_damage_of_a_coded_frame_stops_there(default_model, store):
+    """A flipped bit: what is before it is used, it and what is behind it are evaluated again and coded anew."""
+    tokens = words(default_model, 330)
+    with coded(default_model) as context, Session(store, "a", context):
+        context.evaluate(tokens)
+    nodes = store.path_to(store.session("a").node)
+    file = next(store.chunks.glob(f"*/{nodes[2].id.hex()}.*"))
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 16
+    file.write_bytes(data)
+    for said in (["the chunk of tokens 128 to 191 is damaged"], []):
+        with Store(store.path) as other, coded(default_model) as context, Session(other, "a", context) as session:
+            heard: list[str] = []
+            session.say = heard.append
+            session.load()
+            assert context.tokens == tokens
+            assert len(heard) == len(said) and all(h.startswith(s) for h, s in zip(heard, said))
+    assert Store(store.path).verify() == []
+
+
+@pytest.mark.model
+def test_a_damaged_copy_of_the_predictors(default_model, store):
+    """Without them frames cannot be read, and that is said; a session of the same profile brings them back."""
+    tokens = words(default_model, 200)
+    with coded(default_model) as context, Session(store, "a", context):
+        context.evaluate(tokens)
+    for file in (store.path / "profiles").glob("*.gguf"):
+        file.write_bytes(file.read_bytes()[:1000])
+    with Store(store.path) as other:
+        problems = other.verify()
+        assert len(problems) == 1 and "predictors are missing or damaged" in problems[0].what
+    with Store(store.path) as other, coded(default_model) as context, Session(other, "a", context) as session:
+        heard: list[str] = []
+        session.say = heard.append
+        session.load()
+        assert context.tokens == tokens and heard == [] and other.verify() == []
+
+
+@pytest.mark.model
+def test_branches_of_coded_frames(default_model, store):
+    """Two sessions that share frames and go on differently, saved in turns: each is read back as it was."""
+    shared, ends = words(default_model, 200), {"a": words(default_model, 400)[:200:-1], "b": words(default_model, 199)[::-1]}
+    rows = {}
+    for name, end in ends.items():
+        with coded(default_model) as context, Session(store, name, context) as session:
+            session.save(end=False)
+            context.evaluate((shared + end)[session.find_prefix(shared + end, 0) :])
+            session.save(end=True)
+            session.flush()
+            rows[name] = [read_frame(context, i, session.n_sink).blocks for i in range(context.n_past // FRAME)]
+    paths = {name: store.path_to(store.session(name).node) for name in ends}
+    same = [x.id == y.id for x, y in zip(paths["a"], paths["b"])]
+    assert same[:2] == [True] * 2 and not any(same[3:])  # the last shared frame is evaluated again, and may differ in a rounding
+    for name in ends:
+        chunks, damaged = store.restore(paths[name])
+        assert damaged is None and [c.blocks for c in chunks] == rows[name]
