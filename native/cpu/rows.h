@@ -816,90 +816,6 @@ static void dot_levels(const float * q, const level_tile & k, const float * cons
 }
 
 // y (NQ, d) += p (NQ, ld) x; x: n rows of a tile of the uniform plan, n a multiple of 16; p >= 0
-#if defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512DQ__)
-
-// Integer products: p times factor is 16 bits of a unit of its own for each query and block column, an error of about
-// 1e-9 (NMSE), and four rows are added up in one instruction.
-
-// Vectors 2*half and 2*half + 1 of the sums: values 16*L + 4*k .. of a row are in lane L of vector k, where bytes of four rows come
-// side by side.
-template <int NQ, int half>
-SEQKV_NOINLINE static void dot_bytes(const int8_t * lv, const uint8_t (&digit)[2][NQ][TILE_ROWS], int n, int32_t (&sum)[NQ][4][16]) {
-    __m512i acc[NQ][2][2];
-    for (int r = 0; r < NQ; ++r) {
-        acc[r][0][0] = acc[r][0][1] = acc[r][1][0] = acc[r][1][1] = _mm512_setzero_si512();
-    }
-    for (int j = 0; j < n; j += 4) {
-        __m512i row[4];
-        for (int k = 0; k < 4; ++k) {
-            row[k] = _mm512_loadu_si512(lv + (j + k)*SEQKV_BLOCK);
-        }
-        const __m512i lo = half ? _mm512_unpackhi_epi8(row[0], row[1]) : _mm512_unpacklo_epi8(row[0], row[1]);
-        const __m512i hi = half ? _mm512_unpackhi_epi8(row[2], row[3]) : _mm512_unpacklo_epi8(row[2], row[3]);
-        const __m512i x0 = _mm512_unpacklo_epi16(lo, hi), x1 = _mm512_unpackhi_epi16(lo, hi);
-        for (int r = 0; r < NQ; ++r) {
-            for (int k = 0; k < 2; ++k) {
-                int32_t word;
-                memcpy(&word, digit[k][r] + j, sizeof(word));
-                const __m512i pv = _mm512_set1_epi32(word);
-                acc[r][k][0] = _mm512_dpbusd_epi32(acc[r][k][0], pv, x0);
-                acc[r][k][1] = _mm512_dpbusd_epi32(acc[r][k][1], pv, x1);
-            }
-        }
-    }
-    for (int r = 0; r < NQ; ++r) {
-        for (int k = 0; k < 2; ++k) {
-            _mm512_store_si512(sum[r][2*half + k], _mm512_add_epi32(acc[r][0][k], _mm512_slli_epi32(acc[r][1][k], 8)));
-        }
-    }
-}
-
-template <int NQ> static void mad_levels_block(const float * p, int ld, const level_tile & tile, int n, int d, float * y) {
-    for (int b = 0; b < d; b += SEQKV_BLOCK) {
-        const int8_t * lv = tile.lv + b/SEQKV_BLOCK*level_tile::LV;
-        const float  * f  = tile.f  + b/SEQKV_BLOCK*level_tile::F;
-
-        alignas(64) uint8_t digit[2][NQ][TILE_ROWS]; // low and high byte
-        float unit[NQ];
-        for (int r = 0; r < NQ; ++r) {
-            __m512 pf[TILE_ROWS/16], max = _mm512_setzero_ps();
-            SEQKV_UNROLL
-            for (int j = 0; j < n/16; ++j) {
-                pf[j] = _mm512_mul_ps(_mm512_loadu_ps(p + r*ld + 16*j), _mm512_loadu_ps(f + 16*j));
-                max   = _mm512_max_ps(max, pf[j]);
-            }
-            const float top = std::max(_mm512_reduce_max_ps(max), 1e-30f);
-            unit[r] = top/65535.0f;
-            for (int j = 0; j < n/16; ++j) {
-                const __m512i q = _mm512_cvtps_epi32(_mm512_mul_ps(pf[j], _mm512_set1_ps(65535.0f/top)));
-                _mm_store_si128((__m128i *) (digit[0][r] + 16*j), _mm512_cvtepi32_epi8(q));
-                _mm_store_si128((__m128i *) (digit[1][r] + 16*j), _mm512_cvtepi32_epi8(_mm512_srli_epi32(q, 8)));
-            }
-        }
-
-        alignas(64) int32_t sum[NQ][4][16];
-        dot_bytes<NQ, 0>(lv, digit, n, sum);
-        dot_bytes<NQ, 1>(lv, digit, n, sum);
-
-        for (int r = 0; r < NQ; ++r) {
-            __m512i x[4];
-            for (int k = 0; k < 4; ++k) {
-                x[k] = _mm512_load_si512(sum[r][k]);
-            }
-            const __m512i a = _mm512_shuffle_i32x4(x[0], x[1], 0x44), c = _mm512_shuffle_i32x4(x[0], x[1], 0xee);
-            const __m512i e = _mm512_shuffle_i32x4(x[2], x[3], 0x44), g = _mm512_shuffle_i32x4(x[2], x[3], 0xee);
-            const __m512i z[4] = { _mm512_shuffle_i32x4(a, e, 0x88), _mm512_shuffle_i32x4(a, e, 0xdd),
-                                   _mm512_shuffle_i32x4(c, g, 0x88), _mm512_shuffle_i32x4(c, g, 0xdd) };
-            for (int k = 0; k < 4; ++k) {
-                float * out = y + r*d + b + 16*k;
-                _mm512_storeu_ps(out, _mm512_fmadd_ps(_mm512_set1_ps(unit[r]), _mm512_cvtepi32_ps(z[k]), _mm512_loadu_ps(out)));
-            }
-        }
-    }
-}
-
-#else
-
 template <int NQ> static void mad_levels_block(const float * p, int ld, const level_tile & x, int n, int d, float * y) {
     for (int b = 0; b < d; b += SEQKV_BLOCK) {
         const int8_t * lv = x.lv + b/SEQKV_BLOCK*level_tile::LV;
@@ -939,7 +855,6 @@ template <int NQ> static void mad_levels_block(const float * p, int ld, const le
     }
 }
 
-#endif
 
 static void mad_levels(const float * p, int ld, const level_tile & x, int nq, int n, int d, float * y) {
     int r = 0;
