@@ -638,11 +638,14 @@ def run(args: argparse.Namespace) -> int:
     if args.what == "memory" and args.worker:
         print(json.dumps(asdict(memory_worker(args))))
         return 0
+    from . import bench_tiers
     from .bench_store import print_store, store
     from .speed import print_speed, speed
 
     measures: dict[str, Callable[[argparse.Namespace], list[Any]]]
     measures = {"memory": memory, "quality": quality, "speed": speed, "store": store}
+    if args.what == "store" and args.tiers:
+        measures["store"], print_store = bench_tiers.tiers, bench_tiers.print_tiers
     rows = measures[args.what](args)
     if args.json != "-":
         shows: dict[str, Callable[[str, list[Any]], None]]
@@ -653,4 +656,6 @@ def run(args: argparse.Namespace) -> int:
         write_json(rows, args.json)
     if args.what == "memory" and args.plot:
         plot_memory(rows, Path(args.plot))
+    if args.what == "store" and args.plot:
+        bench_tiers.plot(rows, Path(args.plot))
     return 0

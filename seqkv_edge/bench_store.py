@@ -11,8 +11,8 @@ import argparse
 import lzma
 import tempfile
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +37,8 @@ class StoreRow:
 
     kv: str
     tier: str
-    """"live"; "slot file" (llama.cpp's, window included), "slot file, xz"; "stored raw", ...; "tokens raw", "tokens adaptive", "tokens model" """
+    """"live"; "slot file" (llama.cpp's, window included), "slot file, zstd -19" (without the zstandard module: xz); "stored raw", ...; "tokens raw",
+    "tokens adaptive", "tokens model" """
     tokens: int
     bytes_per_token: float
     """of whole frames; the end of a session is `end_bytes`"""
@@ -63,6 +64,10 @@ class StoreRow:
     """bytes of their store / bytes of prefix + what each has of its own"""
     first_token_speedup: float | None = None
     """time to the first token of a new session with the shared prefix: evaluated / from the store"""
+    bits_per_value: float | None = None
+    """of `bytes_per_token`, with --tiers"""
+    kld_mean: float | None = None
+    """nats, against an f16 cache: what follows half a window from this tier, with --tiers"""
 
 
 def _step(context: Context, ids: Sequence[int]) -> np.ndarray:
@@ -73,7 +78,18 @@ def _step(context: Context, ids: Sequence[int]) -> np.ndarray:
     return np.stack(rows)
 
 
-class _Bench:
+def _compressor() -> tuple[str, Callable[[bytes], bytes], Callable[[bytes], bytes]]:
+    """The general compressor that is at hand: its name, and both ways."""
+    try:
+        import zstandard
+    except ImportError:
+        return "xz", lambda data: lzma.compress(data, preset=6), lzma.decompress
+    return "zstd -19", zstandard.ZstdCompressor(level=19).compress, zstandard.ZstdDecompressor().decompress
+
+
+class Bench:
+    """The tiers of one type, on contexts of its own."""
+
     def __init__(self, loaded: Model, kv: KvSpec, options: KvOptions, args: argparse.Namespace, ids: list[int], folder: Path) -> None:
         self.loaded, self.kv, self.options, self.args, self.ids, self.folder = loaded, kv, options, args, ids, folder
         self.n = args.tokens // FRAME * FRAME
@@ -103,7 +119,7 @@ class _Bench:
             id_ = store.context(identify(context))
             kinds: tuple[delta.Level, ...] = delta.LEVELS
             coded = [store.level(id_, context.model.profile if self.kv.ours else None, kind) for kind in kinds]
-        return [*CODERS, *(level for level in coded if level not in CODERS)]
+        return ["raw", *(level for level in coded if level not in CODERS)]
 
     def _slot_file(self, context: Context) -> list[StoreRow]:
         """llama.cpp's own file of the sequence, and what a general compressor makes of it."""
@@ -117,16 +133,17 @@ class _Bench:
             loaded = time.perf_counter() - opened
         data = file.read_bytes()
         file.unlink()
+        name, pack, unpack = _compressor()
         packing = time.perf_counter()
-        packed = lzma.compress(data, preset=6)
+        packed = pack(data)
         packing = time.perf_counter() - packing
         unpacking = time.perf_counter()
-        assert lzma.decompress(packed) == data
+        assert unpack(packed) == data
         unpacking = time.perf_counter() - unpacking
         return [
             StoreRow(kv, "slot file", n, size / n, self.f16 * n / size, save_tps=n / (saved - started), restore_tps=n / loaded),
             StoreRow(
-                kv, "slot file, xz", n, len(packed) / n, self.f16 * n / len(packed), save_tps=n / (saved - started + packing),
+                kv, f"slot file, {name}", n, len(packed) / n, self.f16 * n / len(packed), save_tps=n / (saved - started + packing),
                 restore_tps=n / (loaded + unpacking),
             ),
         ]  # fmt: skip
@@ -167,7 +184,7 @@ class _Bench:
                 other.set_state(state.build(layout, pieces, ids[:n], exact), ids[:n])
                 restore = (time.perf_counter() - started) / n
                 same = bool(np.array_equal(_step(other, ids[n : n + CONTINUED]), expected))
-            ratio, overhead, speedup = self._shared(context, level)
+            ratio, overhead, speedup = (None, None, None) if self.args.tiers else self._shared(context, level)
         return StoreRow(
             str(self.kv), f"stored {level.partition('-')[0]}", n, size / n, self.f16 * n / size, info.tail_size, 1 / save, save / decode, 1 / restore, prefill, same,
             None, ratio, overhead, speedup,
@@ -227,14 +244,23 @@ def token_rows(loaded: Model, ids: list[int], n_model: int, threads: int | None)
     return found
 
 
-def store(args: argparse.Namespace) -> list[StoreRow]:
-    """The rows of `bench store`."""
+def options_of(args: argparse.Namespace) -> KvOptions:
+    return replace(kv_options(args), predictors=True)
+
+
+def text_of(args: argparse.Namespace) -> str:
     from .calibrate import documentation
 
+    return bench.read_text(args.text) if args.text else documentation()
+
+
+def store(args: argparse.Namespace) -> list[StoreRow]:
+    """The rows of `bench store`."""
     if args.tokens < 4 * FRAME or args.sessions < 3:
         raise UsageError(f"--tokens must be at least {4 * FRAME}, --sessions at least 3")
-    options, kvs = kv_options(args), bench.parse_list(args.kv)
-    text = bench.read_text(args.text) if args.text else documentation()
+    if args.plot and not args.tiers:
+        raise UsageError("--plot draws the table of --tiers: add that")
+    options, kvs, text = options_of(args), bench.parse_list(args.kv), text_of(args)
     with open_model(model.resolve(args.model), ngl=args.ngl) as loaded, tempfile.TemporaryDirectory() as folder:
         ids = loaded.tokenize(text, add_special=True, parse_special=False)
         need = args.tokens + CONTINUED
@@ -242,17 +268,18 @@ def store(args: argparse.Namespace) -> list[StoreRow]:
             raise UsageError(f"the text has {len(ids)} tokens, {need} are needed: give a longer --text, or less --tokens")
         rows: list[StoreRow] = []
         for kv in kvs:
-            rows += _Bench(loaded, kv, options, args, ids[:need], Path(folder)).rows()
-        return rows + token_rows(loaded, ids[: args.tokens], args.model_tokens, args.threads)
+            rows += Bench(loaded, kv, options, args, ids[:need], Path(folder)).rows()
+        rows += token_rows(loaded, ids[: args.tokens], args.model_tokens, args.threads)
+        return rows
 
 
 NAMES = {
     "kv": "KV cache", "tier": "tier", "bytes_per_token": "bytes/token", "ratio_to_f16": "f16 /", "save_tps": "save/s", "decode_share": "of decode",
     "restore_tps": "restore/s", "prefill_tps": "prefill/s", "same_logits": "exact", "tokens_bits": "bits/token", "dedup_overhead": "shared",
-    "first_token_speedup": "first token",
+    "first_token_speedup": "first token", "bits_per_value": "bits/value", "kld_mean": "KLD",
 }  # fmt: skip
 
 
 def print_store(title: str, rows: list[StoreRow]) -> None:
-    bench.print_table(title, rows, NAMES)
-
+    """The columns that some row has."""
+    bench.print_table(title, rows, {name: text for name, text in NAMES.items() if any(getattr(row, name) is not None for row in rows)})

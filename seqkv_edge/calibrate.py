@@ -30,6 +30,8 @@ from .profile import N_SINK, N_WINDOW, Measured, ProfileInfo
 
 DEFAULT_TOKENS = 4096
 PREDICTOR_TOKENS = 8192
+_FITTING = 1.5
+"""time of predictors, running the model over the text included / time of running it alone (SmolLM2)"""
 _MIN_TOKENS = 256
 _QUALITY_TOKENS = 512
 _DOCUMENTATION = 7800
@@ -41,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
     _check_tokens(args.tokens)
     path = resolve(args.model)
     text = None if args.text is None else read_text(args.text)
-    target = Path(args.output) if args.output else profile.beside(path)
+    target = Path(args.output) if args.output else _target(path, args.predictors)
     with open_model(path, ngl=args.ngl) as loaded:
         assert loaded.pointer
         _check_target(target)
@@ -62,6 +64,13 @@ def run(args: argparse.Namespace) -> int:
         with open_model(path, ngl=args.ngl) as loaded:
             return _predictors(loaded, path, target, text)
     return 0
+
+
+def _target(path: Path, predictors: bool) -> Path:
+    """Where a model's profile goes if nothing is said: beside the model. Predictors go into the profile that is in use, where that may
+    be changed: stored sessions stay good."""
+    found = profile.find(path, fingerprint(path)) if predictors else None
+    return found if found is not None and found.parent == profile.cache_dir() else profile.beside(path)
 
 
 def _predictors(loaded: Model, path: Path, target: Path, text: str | None) -> int:
@@ -120,6 +129,12 @@ def add_predictors(model: int, path: Path, target: Path, *, text: str | None = N
         raise ModelError(f"the text gives {len(tokens)} tokens, predictors need at least {_MIN_TOKENS}: use a longer text")
     profile.add_predictors(target, predictor.measure(model, tokens, designs, *bits))
     return len(tokens)
+
+
+def estimate_predictors(model: int, n_tokens: int) -> float:
+    """Expected seconds of `add_predictors`, from a short trial. Raises ModelError."""
+    n_captured = n_tokens + predictor.REPEATS * capture.N_WINDOW
+    return _FITTING * capture.estimate_seconds(model, n_captured)
 
 
 def predictor_text() -> str:

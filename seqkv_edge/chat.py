@@ -246,12 +246,13 @@ def _identity(loaded: Model, kv: KvSpec, options: KvOptions) -> dict[str, Any]:
 
 
 def kv_options(args: argparse.Namespace) -> KvOptions:
-    """KvOptions of --sink, --window, --profile and --no-profile."""
+    """KvOptions of --sink, --window, --profile, --no-profile, and of --session where there is one."""
     default = KvOptions()
     return KvOptions(
         default.n_sink if args.sink is None else args.sink,
         default.n_window if args.window is None else args.window,
         None if args.no_profile else args.profile or default.profile,
+        getattr(args, "session", None) is not None,
     )
 
 

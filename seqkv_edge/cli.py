@@ -111,6 +111,8 @@ def _bench(parser: argparse.ArgumentParser) -> None:
             kind.add_argument(
                 "--model-tokens", type=int, default=512, metavar="N", help="tokens coded with the model's probabilities, one evaluation each way (default 512)"
             )
+            kind.add_argument("--tiers", action="store_true", help="rate, distortion and latency: also bits a value, KLD and lossy frames; no sessions")
+            kind.add_argument("--plot", metavar="FILE.png", help="draw the table of --tiers")
         else:
             kind.add_argument("--depth", default="0,4096", metavar="LIST", help="tokens in the cache (default 0,4096)")
             kind.add_argument("--prefill", type=int, default=512, metavar="N", help="tokens of a prefill measurement (default 512)")

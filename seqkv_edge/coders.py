@@ -2,6 +2,8 @@
 
     raw           as they are
     fast, small   coded without loss from the frames before (delta.py); the name goes on with the profile whose predictors do it
+    lossyKV       with loss: keys in K bits a value fewer than the cache's, values in V, coded like small; read back they are coded in the
+                  cache's bits again. "lossy" alone: such blocks as they are (of an imported session)
 
 A path coder goes along one path of the trie, frame by frame. What it has seen is the context of what comes next: a frame can be
 decoded when the frames before it have been, which is the order in which a session is restored anyway. It looks back at WINDOW
@@ -18,13 +20,14 @@ from typing import Protocol
 import numpy as np
 
 from . import delta
+from .codec import dequantize, quantize
 from .errors import SeqkvError, StateError
 from .state import FRAME, Chunk, Layout
 
 WINDOW = 64
 """frames before a frame that its values may be copied from"""
 _TYPE = re.compile(r"seqkv([1-4])(k?)")
-_LEVEL = re.compile(r"(fast|small)-([0-9a-f]{16})")
+_LEVEL = re.compile(r"(fast|small|lossy[0-3]{2})-([0-9a-f]{16})")
 
 
 class PathCoder(Protocol):
@@ -56,15 +59,15 @@ class Raw:
         pass
 
 
-def level_name(kind: delta.Level, profile_hash: bytes) -> str:
+def level_name(kind: str, profile_hash: bytes) -> str:
     """Name of a level; profile_hash: blake3 of the profile's file."""
     return f"{kind}-{profile_hash.hex()[:16]}"
 
 
-def split_level(level: str) -> tuple[delta.Level, str] | None:
-    """("fast" or "small", the profile's hash) of a level's name; None: another level."""
+def split_level(level: str) -> tuple[str, str] | None:
+    """("fast", "small" or "lossyKV", the profile's hash) of a level's name; None: another level."""
     found = _LEVEL.fullmatch(level)
-    return (found[1], found[2]) if found else None  # type: ignore[return-value]
+    return (found[1], found[2]) if found else None
 
 
 def predictors(profile: Path, layout: Layout) -> delta.Coder | None:
@@ -84,6 +87,16 @@ def predictors(profile: Path, layout: Layout) -> delta.Coder | None:
     if rows != [(k.row_bytes, v.row_bytes) for k, v in zip(layout.k, layout.v)]:
         return None
     return coder
+
+
+def is_lossy(level: str | None) -> bool:
+    """Whether a frame's blocks are not those that the cache had."""
+    return level is not None and level.startswith("lossy")
+
+
+def path_coder(coder: delta.Coder, kind: str) -> Delta:
+    """Of a level's kind, at the root."""
+    return Lossy(coder, int(kind[5]), int(kind[6])) if is_lossy(kind) else Delta(coder, "fast" if kind == "fast" else "small")
 
 
 class Delta:
@@ -167,10 +180,53 @@ class Delta:
         self.coder.decode_path([coded for _, _, coded in frames], prepared, self._rows, threads=threads)
         return [self._blocks(frame.start, len(frame.source)) for frame in prepared]
 
+    def stored(self, blocks: bytes) -> bytes:
+        """What comes back of a frame's blocks."""
+        return blocks
+
+
+class Lossy(Delta):
+    """Levels "lossyKV". Blocks are decoded and quantized in fewer bits (at least 1), and once more when they are read: in the transform
+    domain, where a block's error is, so neither the profile's transforms nor positions matter."""
+
+    def __init__(self, coder: delta.Coder, k_fewer: int, v_fewer: int) -> None:
+        k_bits, v_bits = ([max(1, b - fewer) for b in bits] for bits, fewer in ((coder.k_bits, k_fewer), (coder.v_bits, v_fewer)))
+        super().__init__(delta.Coder(coder.layers, k_bits, v_bits, coder.index), "small")
+        self._cache = coder
+
+    def _convert(self, blocks: bytes, source: delta.Coder, target: delta.Coder) -> bytes:
+        row_bytes = sum(size for layer, k, v in zip(source.layers, source.k_bits, source.v_bits) for size in layer.rows(k, v))
+        n, rest = divmod(len(blocks), row_bytes)
+        if rest:
+            raise StateError(f"{len(blocks):,} bytes of blocks are not whole rows of {row_bytes}")
+        out, at = [], 0
+        bits = zip(source.layers, source.k_bits, source.v_bits, target.k_bits, target.v_bits)
+        for layer, *kinds in bits:
+            for size, old, new, graded in zip(layer.rows(*kinds[:2]), kinds[:2], kinds[2:], (True, False)):
+                rows = np.frombuffer(blocks, np.uint8, n * size, at)
+                out.append((rows if old == new else quantize(new, dequantize(old, rows, graded=graded), graded=graded)).tobytes())
+                at += n * size
+        return b"".join(out)
+
+    def _fewer(self, chunk: Chunk) -> Chunk:
+        return Chunk(self._convert(chunk.blocks, self._cache, self.coder), chunk.extra)
+
+    def add(self, tokens: Sequence[int], chunk: Chunk) -> None:
+        super().add(tokens, self._fewer(chunk))
+
+    def encode(self, tokens: Sequence[int], chunk: Chunk) -> bytes:
+        return super().encode(tokens, self._fewer(chunk))
+
+    def decode_run(self, frames: Sequence[tuple[Sequence[int], bytes, bytes]], threads: int = 2) -> list[bytes]:
+        return [self._convert(blocks, self.coder, self._cache) for blocks in super().decode_run(frames, threads)]
+
+    def stored(self, blocks: bytes) -> bytes:
+        return self._convert(self._convert(blocks, self._cache, self.coder), self.coder, self._cache)
+
 
 def check_level(level: str) -> bool:
     """Whether this version knows a level."""
-    return level == "raw" or split_level(level) is not None
+    return level in ("raw", "lossy") or split_level(level) is not None
 
 
-__all__ = ["Delta", "PathCoder", "Raw", "SeqkvError", "check_level", "level_name", "predictors", "split_level"]
+__all__ = ["Delta", "Lossy", "PathCoder", "Raw", "SeqkvError", "check_level", "is_lossy", "level_name", "path_coder", "predictors", "split_level"]

@@ -42,6 +42,8 @@ class KvOptions:
     """last tokens kept exact"""
     profile: str | None = "auto"
     """"auto", None (no prediction) or a path"""
+    predictors: bool = False
+    """whether an automatic profile gets the predictors that stored sessions are coded with, if that takes moments (profile.prepare)"""
 
     def __post_init__(self) -> None:
         for name in ("n_sink", "n_window"):

@@ -15,6 +15,7 @@ import struct
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from .coders import is_lossy
 from .conversation import check_conversation
 from .engine import temporary_beside
 from .errors import SeqkvError, StateError, StoreError
@@ -37,7 +38,8 @@ def export_session(store: Store, name: str, path: Path) -> int:
     chunks, _ = store.restore([n for n in nodes if n.level is not None][: next((i for i, n in enumerate(nodes) if n.level is None), len(nodes))])
     parts = [pack_chunk(chunk, "raw", identity, node.tokens) for chunk, node in zip(chunks, nodes)]
     frames = [
-        {"size": len(p), "blake3": blake3_of(p).hex(), "bits": n.surprisal.bits, "n_bits": n.surprisal.n} for p, n in zip(parts, nodes)
+        {"size": len(p), "blake3": blake3_of(p).hex(), "bits": n.surprisal.bits, "n_bits": n.surprisal.n, "lossy": is_lossy(n.level)}
+        for p, n in zip(parts, nodes)
     ]
     tail = store.read_tail(info) if info.coder is None and len(chunks) == len(nodes) else None
     packed_tail = b"" if tail is None else pack_chunk(tail, "raw", identity, info.tail_tokens)
@@ -124,7 +126,8 @@ def _import(store: Store, file: BinaryIO, path: Path, name: str | None) -> str:
             if not (math.isfinite(surprisal.bits) and 0 <= surprisal.n <= FRAME):
                 raise bad
             same = store.find_same(context, parent, frame_tokens, chunk)
-            parent = same or store.put(context, parent, frame_tokens, chunk, surprisal=surprisal, private=b"imported")
+            level = "lossy" if frame.get("lossy") else "raw"
+            parent = same or store.put(context, parent, frame_tokens, chunk, surprisal=surprisal, private=b"imported", level=level)
         rest, end = tokens[FRAME * len(frames) :], None
         if tail is not None:
             part = take(tail["size"])

@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from . import bench, exchange, fit, policy, session
+from . import bench, coders, exchange, fit, policy, session
 from .errors import StoreError, UsageError
 from .state import FRAME
 from .store import Node, SessionInfo, Store, default_path
@@ -24,10 +24,10 @@ def open_store(path: str | None, *, create: bool = False) -> Store:
 
 
 def tier(info: SessionInfo, path: list[Node]) -> str:
-    """Where a session's state is: "stored", "stored + tokens" (a part is evaluated again) or "tokens"."""
+    """Where a session's state is: "stored", "stored, lossy", "stored + tokens" (a part is evaluated again) or "tokens"."""
     whole = next((i for i, node in enumerate(path) if node.level is None), len(path))
     if whole * FRAME + (info.tail_size > 0 or info.n_tokens % FRAME == 0) * len(info.tail_tokens) >= info.n_tokens:
-        return "stored"
+        return "stored, lossy" if any(coders.is_lossy(node.level) for node in path) else "stored"
     return "stored + tokens" if whole else "tokens"
 
 
@@ -94,6 +94,10 @@ def _ago(when: float) -> str:
     return "now"
 
 
+def _node_tier(node: Node) -> str:
+    return "tokens" if node.level is None else "lossy" if coders.is_lossy(node.level) else "stored"
+
+
 def segments(store: Store) -> list[dict[str, Any]]:
     """The trie without its unbranched stretches: each segment is a run of frames with one child, one set of sessions and one tier.
 
@@ -112,14 +116,14 @@ def segments(store: Store) -> list[dict[str, Any]]:
     while stack:
         first, parent = stack.pop()
         run = [first]
-        names, level = through.get(first.id, []), first.level is None
-        while len(below := children.get(run[-1].id, [])) == 1 and through.get(below[0].id, []) == names and (below[0].level is None) == level:
+        names, level = through.get(first.id, []), _node_tier(first)
+        while len(below := children.get(run[-1].id, [])) == 1 and through.get(below[0].id, []) == names and _node_tier(below[0]) == level:
             run.append(below[0])
         id_ = run[-1].id.hex()[:16]
         found.append({
             "id": id_, "parent": parent, "from": FRAME * first.depth, "tokens": FRAME * len(run),
             "bits": sum(n.surprisal.bits for n in run), "bits_known_tokens": sum(n.surprisal.n for n in run),
-            "bytes": sum(n.size for n in run if n.level is not None), "tier": "tokens" if level else "stored",
+            "bytes": sum(n.size for n in run if n.level is not None), "tier": level,
             "hits": max(n.hits for n in run), "private": first.private, "sessions": names, "nodes": [n.id for n in run],
         })  # fmt: skip
         stack += [(node, id_) for node in reversed(children.get(run[-1].id, []))]
@@ -155,7 +159,7 @@ def _show(store: Store, args: argparse.Namespace) -> int:
     branches = {None: root}
     for segment in found:
         text = f"{segment['tokens']} tokens, {_bits(segment)}, {fit.format_size(segment['bytes'])}"
-        text += "" if segment["tier"] == "stored" else " (tokens only)"
+        text += {"stored": "", "lossy": " (with loss)", "tokens": " (tokens only)"}[segment["tier"]]
         ends = [d["name"] for d in sessions if d["name"] in segment["sessions"] and _ends_here(store, d["name"], segment)]
         for name in ends:
             info = store.session(name)
@@ -208,13 +212,13 @@ def plot(found: list[dict[str, Any]], path: Path) -> None:
     for segment in found:
         y, start = rows[segment["id"]], segment["from"]
         colour = pyplot.get_cmap("viridis")(len(segment["sessions"]) / most)
-        width, style = 1.5 + 4 * len(segment["sessions"]) / most, "-" if segment["tier"] == "stored" else ":"
+        width, style = 1.5 + 4 * len(segment["sessions"]) / most, {"stored": "-", "lossy": "--", "tokens": ":"}[segment["tier"]]
         axes.plot([start, start + segment["tokens"]], [y, y], style, color=colour, linewidth=width)
         if segment["parent"] in shown:
             axes.plot([start, start], [rows[segment["parent"]], y], "-", color="0.6", linewidth=1)
         if not by_parent.get(segment["id"]):
             axes.text(start + segment["tokens"], y, "  " + ", ".join(segment["sessions"][:3]), va="center", fontsize=8)
-    axes.set(xlabel="tokens", title="frames by the sessions that share them (dotted: tokens only)")
+    axes.set(xlabel="tokens", title="frames by the sessions that share them (dashed: with loss, dotted: tokens only)")
     axes.set_yticks([])
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
@@ -238,6 +242,37 @@ def _fork(store: Store, args: argparse.Namespace) -> int:
     return 0
 
 
+def _pack_lossy(store: Store, args: argparse.Namespace) -> str:
+    """`session pack --lossy KLD`. Returns the line to print."""
+    from . import lossy, model
+    from .dropin import KvOptions
+    from .engine import open_model
+    from .gguf_meta import fingerprint
+    from .llama import KvSpec
+
+    info = store.session(args.name)
+    identity, file = store.context_of(info.context), model.resolve(args.model)
+    if fingerprint(file) != identity.model_id:
+        raise UsageError(f"session {args.name!r} is of {identity.model_name}, not of {file.name}: give its model with --model")
+    chunks, error = store.restore(path := store.path_to(info.node))
+    if error is not None:
+        raise error
+    tokens = [token for node in path for token in node.tokens]
+    options = KvOptions(*session.window_of(identity.layout), predictors=True)
+    with open_model(file, ngl=args.ngl) as loaded:
+        with loaded.context(KvSpec.parse(identity.kv), n_ctx=info.n_tokens + FRAME, options=options, threads=args.threads) as context:
+            profile = loaded.profile
+            coder = coders.predictors(profile, identity.layout) if profile else None
+            if session.identify(context).key != identity.key or profile is None or coder is None:
+                raise StoreError(f"the profile of {file.name} has no predictors, or is not that of session {args.name!r}: it stays as it is")
+            step, kld = lossy.choose(context, identity.layout, tokens, chunks, coder, args.lossy)
+    n, before, after = store.make_lossy(args.name, profile, step)
+    if not n:
+        return f"session {args.name!r}: other sessions share its frames, or they have a loss already: nothing was done"
+    fewer = f"keys in {step[5]} and values in {step[6]} bits a value fewer"
+    return f"session {args.name!r}: {n} frames, {fewer}: {before:,} -> {after:,} bytes; KLD {kld:.4f} from what they were (over its last tokens)"
+
+
 def _pack(store: Store, args: argparse.Namespace) -> int:
     from . import model, model_coder
     from . import tokens as adaptive
@@ -249,6 +284,9 @@ def _pack(store: Store, args: argparse.Namespace) -> int:
     if not lock.take():
         raise StoreError(f"session {args.name!r} is in use by another process: end that first")
     try:
+        if args.lossy is not None:
+            print(_pack_lossy(store, args))
+            return 0
         if args.adaptive:
             found = store.tokens(info)
             coder, coded = "adaptive", adaptive.encode(found)
@@ -305,6 +343,13 @@ _ACTIONS: dict[str, Callable[[Store, argparse.Namespace], int]] = {
 }  # fmt: skip
 
 
+def _budget(text: str) -> float:
+    value = float(text)
+    if not 0 < value < 100:
+        raise ValueError
+    return value
+
+
 def add_arguments(parser: argparse.ArgumentParser, parser_class: type) -> None:
     """The command line of `session`."""
     kinds = parser.add_subparsers(dest="what", required=True, metavar="|".join(_ACTIONS), parser_class=parser_class)
@@ -314,7 +359,7 @@ def add_arguments(parser: argparse.ArgumentParser, parser_class: type) -> None:
         "export": "write a session to one file",
         "import": "add a session from a file",
         "fork": "a new session that begins like another, up to a turn of it",
-        "pack": "keep a session as tokens alone, coded with its model's probabilities (an evaluation of each token, twice)",
+        "pack": "keep a session as tokens alone, coded with its model's probabilities (an evaluation of each token, twice); or, with --lossy, its cache in fewer bits",
         "rm": "remove sessions, and the frames that no other one needs",
         "gc": "remove what no session needs; with --store-size, degrade what is worth least until the store fits",
         "verify": "compare everything with its checksums (status 1: something is damaged)",
@@ -344,6 +389,10 @@ def add_arguments(parser: argparse.ArgumentParser, parser_class: type) -> None:
         elif name == "pack":
             kind.add_argument("name", metavar="NAME")
             kind.add_argument("--adaptive", action="store_true", help="without the model: about twice the size, at once, decodable everywhere")
+            kind.add_argument(
+                "--lossy", type=_budget, metavar="KLD", help="keep the cache, in fewer bits: the most that changes the next tokens by this on average "
+                "(nats, .01 for example); what other sessions share stays exact"
+            )
             kind.add_argument("--model", metavar="FILE.gguf", help="the session's model (default: SmolLM2-135M-Instruct)")
             kind.add_argument("--ngl", type=int, metavar="N", help="layers on the GPU")
             kind.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: all)")

@@ -32,7 +32,7 @@ _STEP = 0.165
 _FAST_STEP = 0.35
 _MEAN_ABS = 0.75
 """of the distribution of residuals, in spreads (tools/make_entropy_tables.py)"""
-_REPEATS = 2
+REPEATS = 2
 """windows that are a passage and its second copy"""
 _SKIP = 4
 """tokens at the beginning of a window that are like no others"""
@@ -46,6 +46,16 @@ class Window:
     k: list[NDArray[np.uint8]]
     """(n, row)"""
     v: list[NDArray[np.uint8]]
+
+
+def expected_bytes(designs: Sequence[LayerDesign]) -> float:
+    """About what predictors of a model take in its profile (SmolLM2's take 1.34 bits a weight)."""
+    n_prev = total = 0
+    for d in designs:
+        n_k, n_v = d.k_mean.size, d.v_mean.size
+        total += n_k * n_prev + n_v * (n_prev + n_k) + n_v * n_k
+        n_prev = n_k + n_v
+    return total * 1.5 / 8
 
 
 def measure(
@@ -72,7 +82,7 @@ def measure(
     runs = [list(tokens[start : start + capture.N_WINDOW]) for start in range(0, len(tokens), capture.N_WINDOW)]
     # a passage and its second copy, from different places of the text
     half = capture.N_WINDOW // 2
-    runs += [list(run[:half]) * 2 for run in runs[:: max(1, len(runs) // max(1, _REPEATS))] if len(run) >= half][:_REPEATS]
+    runs += [list(run[:half]) * 2 for run in runs[:: max(1, len(runs) // max(1, REPEATS))] if len(run) >= half][:REPEATS]
     runs = [run for run in runs if len(run) > FRAME] or runs[:1]
 
     def on_layer(rows: Rows) -> None:

@@ -35,6 +35,10 @@ ARCHITECTURE = "seqkv-profile"
 VERSION = 2
 N_SINK, N_WINDOW = 4, 64
 """exact window that profiles are made for"""
+PATIENCE = 180.0
+"""seconds that predictors of an automatic profile may take; SmolLM2's take 30 on two cores"""
+SHARE = 0.03
+"""of the model file's bytes that they may take; SmolLM2's take .011"""
 
 
 @dataclass(frozen=True)
@@ -130,6 +134,8 @@ def prepare(model: int, path: Path | None, type_k: int, type_v: int, options: Kv
         model_id = fingerprint(path)
         if options.profile == "auto":
             profile = find(path, model_id) or _make_cached(model, path, model_id)
+            if options.predictors and profile.parent == cache_dir() and not has_predictors(profile):
+                _add_cached_predictors(model, path, profile)
         else:
             profile = Path(options.profile)
             check(profile, model_id)
@@ -158,6 +164,30 @@ def _make_cached(model: int, path: Path, model_id: str) -> Path:
         target = Path(name)
         write(target, path, model_id, made)
     return target
+
+
+def _add_cached_predictors(model: int, path: Path, profile: Path) -> None:
+    """Add predictors to a profile that was made on first use, unless that takes long or ctrl-C ends it: says why, and goes on without."""
+    from .calibrate import DEFAULT_TOKENS, add_predictors, estimate_predictors
+    from .predictor import expected_bytes
+
+    try:
+        n_bytes, n_model = expected_bytes(read_designs(profile)[0]), sum(part.stat().st_size for part in read_model(path).parts)
+        if n_bytes > SHARE * n_model:
+            reason = f"predictors would take {n_bytes / n_model:.0%} of the model's size, 'calibrate --predictors' makes them all the same"
+        elif (seconds := estimate_predictors(model, DEFAULT_TOKENS)) > PATIENCE:  # half of the tokens that 'calibrate' takes: 1 % more bytes
+            reason = f"fitting predictors takes about {seconds / 60:.0f} min on this machine, 'calibrate --predictors' does it"
+        else:
+            print(f"seqkv: fitting what sessions of {path.name} are coded with, once: about {seconds:.0f} s (ctrl-C: without)", file=sys.stderr)
+            add_predictors(model, path, profile, n_tokens=DEFAULT_TOKENS)
+            return
+    except KeyboardInterrupt:
+        reason = "interrupted"
+    except ModelError as error:
+        reason = str(error)
+    except OSError as error:
+        reason = f"{profile} cannot be written ({error.strerror or error})"
+    print(f"seqkv: sessions of {path.name} are stored without coding: {reason}", file=sys.stderr)
 
 
 @dataclass(frozen=True)
@@ -189,6 +219,14 @@ def read_designs(path: Path) -> tuple[list[LayerDesign], tuple[dict[int, int], d
     except (KeyError, IndexError) as error:
         raise ProfileError(f"{path} is damaged: {error} is missing") from None
     return designs, (keys, values)
+
+
+def has_predictors(path: Path) -> bool:
+    """Whether a profile has what stored frames are coded with. Raises ProfileError."""
+    try:
+        return "seqkv.delta.version" in read_header(path).fields
+    except ModelError as error:
+        raise ProfileError(f"profile: {error}") from None
 
 
 def add_predictors(path: Path, layers: Mapping[int, delta.Layer]) -> None:

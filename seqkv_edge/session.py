@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from . import state
+from .coders import is_lossy
 from .conversation import Conversation, common_prefix
 from .engine import Context
 from .errors import DamagedError, SeqkvError, StateError, StoreError
@@ -334,6 +335,8 @@ class Session:
         chunks, damaged = self.store.restore(path[:whole])
         if damaged:
             self.say(str(damaged))
+        if lossy := [node for node in path[: len(chunks)] if is_lossy(node.level)]:
+            self.say(f"{FRAME * len(lossy)} of its tokens were stored with loss: it goes on close to what it was, not bit for bit")
         exact = None
         if tail is None or len(chunks) < len(path):
             # without the exact rows of the end: its last frame is evaluated again, by itself, so that all who do this get the same bytes

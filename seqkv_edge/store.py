@@ -114,7 +114,7 @@ class Raw:
         return coded
 
 
-CODERS: dict[str, Coder] = {"raw": Raw()}
+CODERS: dict[str, Coder] = {"raw": Raw(), "lossy": Raw()}
 """by level, those of chunks by themselves; a row names the level that its file was written with"""
 
 
@@ -486,6 +486,7 @@ class Store:
             data = pack_chunk(chunk, level, known, tokens)
         else:
             data, level, coder = self._code_next(context, parent, tokens, chunk, level)
+            chunk = chunk if coder is None else Chunk(coder.stored(chunk.blocks), chunk.extra)
         content, address, now = _content(chunk), address_of(parent, known.key, tokens), time.time()
         with self._change() as db:
             depth = 0
@@ -521,7 +522,7 @@ class Store:
 
     # --- levels that look at the frames before ---
 
-    def level(self, context: int, profile: Path | None, kind: delta.Level = "small") -> str:
+    def level(self, context: int, profile: Path | None, kind: str = "small") -> str:
         """The name of a level for the frames of a context, which is coded with the predictors of a profile; "raw" where that
         cannot be: no profile, or one without predictors, or rows that have none. A copy of the profile is kept in the store."""
         if profile is None:
@@ -565,7 +566,7 @@ class Store:
             raise StateError(f"a chunk was written at the level {level!r}, which this version does not know: upgrade seqkv-edge")
         if found is None:
             raise StateError(f"the predictors of the level {level!r} are missing or damaged in {self.path / 'profiles'}")
-        return coders.Delta(found, split[0])
+        return coders.path_coder(found, split[0])
 
     def _code_next(
         self, context: int, parent: bytes | None, tokens: Sequence[int], chunk: Chunk, level: str
@@ -908,6 +909,39 @@ class Store:
             if not found.rowcount:
                 raise StoreError(f"there is no session {name!r} in {self.path}: 'session list' shows what there is")
         self._sweep()
+
+    def make_lossy(self, name: str, profile: Path, kind: str) -> tuple[int, int, int]:
+        """Store the frames that only this session has with loss (kind: "lossyKV", coders.Lossy), where they are not yet. They are
+        private: no other session starts from them. Returns how many, and their bytes before and after. Raises DamagedError.
+        """
+        info = self.session(name)
+        level, path = self.level(info.context, profile, kind), self.path_to(info.node)
+        if level == "raw":
+            raise StoreError(f"{profile.name} has no predictors for session {name!r}: 'calibrate --predictors' adds them")
+        others = "SELECT 1 FROM nodes WHERE parent = ? AND id != ? UNION ALL SELECT 1 FROM sessions WHERE node = ? AND name != ? LIMIT 1"
+        keep, below = len(path), b""
+        with self._read() as db:
+            while keep and not coders.is_lossy(path[keep - 1].level):
+                id_ = path[keep - 1].id
+                if db.execute(others, (id_, below, id_, name)).fetchone():
+                    break
+                keep, below = keep - 1, id_
+        chunks, error = self.restore(path)
+        if error is not None:
+            raise error
+        parent = path[keep - 1].id if keep else None
+        after = 0
+        for node, chunk in zip(path[keep:], chunks[keep:]):
+            parent = self.put(info.context, parent, node.tokens, chunk, surprisal=node.surprisal, private=b"lossy", level=level)
+            after += self.node(parent).size
+        with self._change() as db:
+            if db.execute("SELECT node FROM sessions WHERE name = ?", (name,)).fetchone() != (info.node,):
+                raise StoreError(f"session {name!r} was changed meanwhile: try again")
+            self._release(db, name, keep)
+            db.execute("UPDATE sessions SET node = ? WHERE name = ?", (parent, name))
+            self._event(db, f"session {name}", f"frames {keep} to {len(path) - 1} were stored with loss ({kind}), as asked for")
+        self._sweep()
+        return len(path) - keep, sum(node.size for node in path[keep:]), after
 
     def fork(self, source: str, name: str, n_tokens: int | None = None, data: dict[str, Any] | None = None) -> None:
         """A new session that begins like another: with all of it, or its first n_tokens. Frames are shared.

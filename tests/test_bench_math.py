@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from seqkv_edge import bench, fit, llama, speed
+from seqkv_edge import bench, bench_tiers, cli, fit, llama, speed
 from seqkv_edge.bench import (
     QUALITY_KV,
     QUALITY_PEERS,
@@ -355,3 +355,37 @@ def test_published_tables_are_what_the_json_gives() -> None:
     root = Path(__file__).resolve().parents[1]
     done = subprocess.run([sys.executable, root / "tools" / "report.py", "--check"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_tiers_of_a_tiny_model(loaded: Model, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each tier beside the others: bits a value of all, distances from f16, and the paper's ratios from the measured bits a token."""
+    out, picture = tmp_path / "tiers.json", tmp_path / "tiers.png"
+    settings = ["--model", str(loaded.path), "--no-profile", "--threads", "1", "--tokens", "512", "--model-tokens", "64"]
+    try:
+        import matplotlib  # noqa: F401
+
+        settings += ["--plot", str(picture)]
+    except ImportError:
+        pass
+    assert cli.main(["bench", "store", "--tiers", "--kv", "f16,seqkv2", *settings, "--json", str(out)]) == 0
+    shown = capsys.readouterr().out
+    assert "bits of a cached token" in shown and picture.exists() == ("--plot" in settings)
+    rows = json.loads(out.read_text())
+    tiers = {(r["kv"], r["tier"]): r for r in rows if "shape" not in r}
+    assert {tier for kv, tier in tiers if kv == "seqkv2"} >= {"live", "slot file", "stored raw"}
+    values = sum(layer.k_values + layer.v_values for layer in loaded.meta.layers)
+    for r in tiers.values():
+        assert r["bits_per_value"] == pytest.approx(8 * r["bytes_per_token"] / values)
+        assert r["ratio_to_f16"] == pytest.approx(16 / r["bits_per_value"])
+    assert tiers["f16", "live"]["kld_mean"] == 0 < tiers["seqkv2", "live"]["kld_mean"] == tiers["seqkv2", "stored raw"]["kld_mean"]
+    live, coded = tiers["seqkv2", "live"], tiers["-", "tokens adaptive"]
+    assert coded["restore_tps"] < live["prefill_tps"]  # its tokens are evaluated
+    ratios = [r for r in rows if "shape" in r]
+    assert {r["shape"] for r in ratios} >= {"this model", "8B", "70B"} and {r["tier"] for r in ratios} == {"tokens adaptive", "tokens model"}
+    for r in ratios:
+        assert r["tokens_bits"] == tiers["-", r["tier"]]["tokens_bits"]
+        assert r["ratio_to_3_bits"] == pytest.approx(3 * r["values"] / r["tokens_bits"])
+        assert r["ratio_to_f16"] == pytest.approx(16 * r["values"] / r["tokens_bits"])
+    assert next(r["values"] for r in ratios if r["shape"] == "this model") == values
+    # what the paper's headline is made of: 80 layers, 64 KV heads of 128, 3 bits a value against 4.3 bits a token
+    assert round(3 * bench_tiers.SHAPES["70B without shared KV heads"] / 4.3, -3) == 914_000

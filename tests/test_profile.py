@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from gguf import GGUFReader
 
-from seqkv_edge import calibrate, llama, model, profile
+from seqkv_edge import calibrate, cli, llama, model, profile
+from seqkv_edge.dropin import KvOptions
 from seqkv_edge.engine import open_model
 from seqkv_edge.errors import SeqkvError
 from seqkv_edge.gguf_meta import fingerprint
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "models"))
+import tiny  # noqa: E402
 
 SHIPPED = Path(__file__).parent.parent / "models" / "SmolLM2-135M-Instruct.seqkv.gguf"
 
@@ -64,3 +69,45 @@ def test_calibration_remakes_the_shipped_profile(default_model: Path, tmp_path: 
             a, b = (np.array(f[f"seqkv.profile.{kv}.{kind}_bits"].contents()) for f in fields)
             assert (a != b).sum() <= 3 and np.abs(a - b).max() <= 1
     assert all(0 < kld < 0.05 for kld in there.quality.values()) and there.quality.keys() == set(llama.OUR_TYPES)
+
+
+def test_automatic_profiles_get_predictors_for_sessions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Only for sessions, only if they are small and soon made; what is missing and how to get it is one line; 'calibrate --predictors' adds them to the profile in use."""
+    monkeypatch.setattr(profile, "cache_dir", lambda: tmp_path / "cache")
+    path = tiny.write(tmp_path / "tiny.gguf", tiny.SPECS["llama"], "llama")
+    kept = tmp_path / "cache" / f"{fingerprint(path)}.gguf"
+
+    def made(*, predictors: bool) -> tuple[bool, str]:
+        with open_model(path, ngl=0) as loaded, loaded.context(llama.KvSpec.parse("seqkv3"), n_ctx=256, options=KvOptions(predictors=predictors)):
+            assert loaded.profile == kept
+        return profile.has_predictors(kept), capsys.readouterr().err
+
+    there, err = made(predictors=False)
+    assert not there and "has no profile yet" in err
+    assert made(predictors=False) == (False, "")
+    share = profile.SHARE
+    monkeypatch.setattr(profile, "SHARE", 1e-6)
+    there, err = made(predictors=True)
+    assert not there and "are stored without coding: predictors would take" in err and err.count("\n") == 1
+    monkeypatch.setattr(profile, "SHARE", share)
+    monkeypatch.setattr(profile, "PATIENCE", 0.0)
+    there, err = made(predictors=True)
+    assert not there and "'calibrate --predictors' does it" in err and err.count("\n") == 1
+    monkeypatch.setattr(calibrate, "add_predictors", interrupt)
+    monkeypatch.setattr(profile, "PATIENCE", 600.0)
+    there, err = made(predictors=True)
+    assert not there and err.splitlines()[-1].endswith("are stored without coding: interrupted")
+    monkeypatch.undo()
+    monkeypatch.setattr(profile, "cache_dir", lambda: tmp_path / "cache")
+    before = tensors(kept)
+    assert cli.main(["calibrate", "--model", str(path), "--predictors"]) == 0
+    assert str(kept) in capsys.readouterr().out and profile.has_predictors(kept) and not profile.beside(path).exists()
+    assert all(np.array_equal(data, before[name]) for name, data in tensors(kept).items())
+    kept.unlink()
+    there, err = made(predictors=True)
+    assert there and "about" in err
+    assert made(predictors=True) == (True, "")
+
+
+def interrupt(*_: object, **__: object) -> None:
+    raise KeyboardInterrupt

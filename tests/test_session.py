@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -727,3 +728,50 @@ def test_branches_of_coded_frames(default_model, store):
     for name in ends:
         chunks, damaged = store.restore(paths[name])
         assert damaged is None and [c.blocks for c in chunks] == rows[name]
+
+
+@pytest.mark.model
+def test_a_session_stored_with_loss(default_model, store, capsys):
+    """Fewer bytes, and said: never shared with others, and those that others share stay exact. It goes on from what is stored."""
+    tokens = words(default_model, 450)
+    for name in ("a", "b"):
+        with coded(default_model) as context, Session(store, name, context) as session:
+            session.save(end=False)
+            todo = tokens if name == "a" else tokens[:200] + tokens[:199:-1]
+            context.evaluate(todo[session.find_prefix(todo, 0) :])
+            session.save(end=True)
+    exact = {name: store.path_to(store.session(name).node) for name in "ab"}
+    n_shared = sum(x.id == y.id for x, y in zip(exact["a"], exact["b"]))
+    assert 2 <= n_shared <= 3
+    assert cli.main(["session", "pack", "a", "--lossy", "0.02", "--store", str(store.path)]) == 0
+    said = capsys.readouterr().out
+    found = re.search(r"'a': (\d+) frames, keys in \d and values in \d bits a value fewer: ([0-9,]+) -> ([0-9,]+) bytes; KLD ([0-9.]+) from", said)
+    assert found, said
+    n, before, after, kld = (float(found[i].replace(",", "")) for i in (1, 2, 3, 4))
+    lossy = store.path_to(store.session("a").node)
+    assert n == len(lossy) - n_shared and after < 0.95 * before and 0 < kld <= 0.02
+    assert [x.id for x in lossy[:n_shared]] == [x.id for x in exact["a"][:n_shared]]
+    assert [x.id for x in store.path_to(store.session("b").node)] == [x.id for x in exact["b"]]
+    assert all(x.level.startswith("lossy") and x.private for x in lossy[n_shared:]) and store.verify() == []
+    assert not {x.id for x in store.nodes()} & {x.id for x in exact["a"][n_shared:]}  # the exact ones are gone
+    assert cli.main(["session", "show", "a", "--store", str(store.path)]) == 0 and "(with loss)" in capsys.readouterr().out
+    assert cli.main(["session", "list", "--json", "--store", str(store.path)]) == 0
+    assert {d["name"]: d["tier"] for d in json.loads(capsys.readouterr().out)["sessions"]} == {"a": "stored, lossy", "b": "stored"}
+    with coded(default_model) as context, Session(store, "a", context) as session:
+        heard: list[str] = []
+        session.say = heard.append
+        session.load()
+        assert context.tokens == tokens and len(heard) == 1 and "not bit for bit" in heard[0]
+        rows = [read_frame(context, i, session.n_sink).blocks for i in range(len(lossy))]
+    chunks, damaged = store.restore(lossy)
+    assert damaged is None and [c.blocks for c in chunks] == rows
+    exchange.export_session(store, "a", store.path / "a.session")  # a copy says it too
+    exchange.import_session(store, store.path / "a.session", "d")
+    assert manage.tier(store.session("d"), store.path_to(store.session("d").node)) == "stored, lossy" and store.verify() == []
+    with coded(default_model) as context, Session(store, "c", context) as session:  # a new one starts from what is exact
+        found = store.longest_prefix(session.id, tokens)
+        assert len(found) >= n_shared and not any(x.private or x.level.startswith("lossy") for x in found)
+    assert cli.main(["session", "pack", "a", "--lossy", "0.02", "--store", str(store.path)]) == 0
+    assert "nothing was done" in capsys.readouterr().out
+    assert cli.main(["session", "pack", "b", "--lossy", "1e-9", "--store", str(store.path)]) == 1
+    assert "allow more, or leave it exact" in capsys.readouterr().err

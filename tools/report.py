@@ -79,6 +79,23 @@ def store() -> str:
     return table(["KV cache", "tier", "bytes/token", "f16 /", "bits/token", "save, tokens/s", "restore", "prefill", "same logits", "and once a session", "shared", "first token"], body)
 
 
+def tiers() -> str:
+    body = []
+    for r in json.loads((ROOT / "docs/tiers.json").read_text()):
+        if "shape" not in r:
+            kld = "" if r["kld_mean"] is None else f"{r['kld_mean']:.4f}"
+            speeds = ["" if r[name] is None else f"{r[name]:,.0f}" for name in ("save_tps", "restore_tps")]
+            size = r["bytes_per_token"]
+            body.append([r["kv"] if r["kv"] != "-" else "", r["tier"], f"{size:,.{0 if size > 100 else 2}f}", f"{r['bits_per_value']:.{2 if r['bits_per_value'] > 0.1 else 5}f}", f"{r['ratio_to_f16']:,.1f}", kld, *speeds])
+    return table(["KV cache", "tier", "bytes/token", "bits/value", "f16 /", "KLD", "save, tokens/s", "restore"], body)
+
+
+def ratios() -> str:
+    rows = [r for r in json.loads((ROOT / "docs/tiers.json").read_text()) if "shape" in r]
+    body = [[r["shape"], f"{r['values']:,}", r["tier"], f"{r['tokens_bits']:.2f}", f"{r['ratio_to_f16']:,.0f}", f"{r['ratio_to_3_bits']:,.0f}"] for r in rows]
+    return table(["shape", "values a token", "tier", "bits/token", "f16 /", "3 bits a value /"], body)
+
+
 def memory() -> str:
     rows = json.loads((ROOT / "docs/memory.json").read_text())
     mib = 2**20
@@ -128,7 +145,7 @@ def retrieval() -> str:
 
 
 TABLES = {
-    "quality": quality, "quality_f32": lambda: quality("quality-f32.json"), "speed": speed, "speed_1b": lambda: speed("speed-1b.json"), "speed_1b_4096": lambda: speed("speed-1b-4096.json"), "cuda": lambda: speed("cuda.json"), "cuda_deep": lambda: speed("cuda-deep.json"), "cuda_quality": cuda_quality, "store": store, "memory": memory, "drift": drift, "texts": texts, "outliers": outliers, "greedy": greedy, "retrieval": retrieval,
+    "quality": quality, "quality_f32": lambda: quality("quality-f32.json"), "speed": speed, "speed_1b": lambda: speed("speed-1b.json"), "speed_1b_4096": lambda: speed("speed-1b-4096.json"), "cuda": lambda: speed("cuda.json"), "cuda_deep": lambda: speed("cuda-deep.json"), "cuda_quality": cuda_quality, "store": store, "tiers": tiers, "ratios": ratios, "memory": memory, "drift": drift, "texts": texts, "outliers": outliers, "greedy": greedy, "retrieval": retrieval,
 }  # fmt: skip
 
 
