@@ -458,28 +458,34 @@ def test_shipped_predictors_on_text_of_other_kinds() -> None:
         assert sizes[:5].mean() < first and sizes[5:].mean() < second, (level, sizes)
 
 
-def test_predictors_are_added_to_a_profile_and_read(tmp_path: Path) -> None:
-    from gguf import GGUFReader, GGUFWriter
+def write_profile(path: Path) -> None:
+    """What `small_coder` is made from, without predictors."""
+    from gguf import GGUFWriter
 
     from seqkv_edge import profile
 
-    coder = small_coder()
-    path = tmp_path / "p.gguf"
     writer = GGUFWriter(str(path), profile.ARCHITECTURE)
     writer.add_uint32("seqkv.profile.version", profile.VERSION)
     writer.add_uint32("seqkv.profile.n_layer", 4)
     writer.add_array("seqkv.profile.seqkv3.k_bits", [3, 2, 4, 0])
     writer.add_array("seqkv.profile.seqkv3.v_bits", [3, 4, 1, 0])
-    encodes = []
     for i in range(3):
         r = np.random.RandomState(1 + i)
-        encodes.append((r.randint(-128, 128, (2, 64, 64)) / 256 + 8 * np.eye(64)).astype(np.float16))
-        writer.add_tensor(f"blk.{i}.k_encode", encodes[-1])
+        writer.add_tensor(f"blk.{i}.k_encode", (r.randint(-128, 128, (2, 64, 64)) / 256 + 8 * np.eye(64)).astype(np.float16))
         writer.add_tensor(f"blk.{i}.v_scale", np.ones((2, 64), np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def test_predictors_are_added_to_a_profile_and_read(tmp_path: Path) -> None:
+    from gguf import GGUFReader
+
+    from seqkv_edge import profile
+
+    coder, path = small_coder(), tmp_path / "p.gguf"
+    write_profile(path)
     assert delta.read(path, "seqkv3") is None
     for _ in range(2):  # the second time in place of the first
         profile.add_predictors(path, dict(enumerate(coder.layers)))

@@ -458,6 +458,29 @@ def test_model_coder_comes_close_to_the_entropy(tiny):
     assert bits + 512 / 64 * 8 - 1 < size < bits + 512 / 64 * 8 + 16
 
 
+@pytest.mark.slow
+@pytest.mark.model
+def test_model_coder_over_20000_tokens_of_everything(default_model):
+    """Prose, code, emoji and noise, the context filled up many times over; English at the bits it is meant to have. Minutes."""
+    from seqkv_edge import calibrate
+
+    rng, parts = np.random.default_rng(4), []
+    english = default_model.tokenize(calibrate.documentation()[20_000:], add_special=True, parse_special=False)[:8_000]
+    for data in (
+        Path(model_coder.__file__).read_text(encoding="utf-8") * 2,
+        "".join(chr(0x1F300 + int(i)) for i in rng.integers(0, 700, 1200)),
+        rng.bytes(3000).decode("latin-1"),
+        Path(calibrate.__file__).with_name("languages.txt").read_text(encoding="utf-8"),
+    ):
+        parts += default_model.tokenize(data, add_special=False, parse_special=False)
+    ids = english + (parts * 3)[: 20_000 - len(english)]
+    assert len(ids) == 20_000
+    marks: list[int] = []
+    coded = model_coder.encode(default_model, english[:4096], lambda n: marks.append(n))
+    assert sum(marks) == 2 * 4096 and 8 * len(coded) / 4096 <= 5.0
+    assert len(model_coder.encode(default_model, ids)) < 4 * 20_000  # decoded and compared before it is returned
+
+
 def test_other_probabilities_are_noticed(tiny, monkeypatch):
     """A backend that computes a little differently decodes something else, and that is said."""
     ids = text(300)

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +18,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from test_delta import small_coder, write_profile
 
-from seqkv_edge import cli, exchange, manage, tokens
+from seqkv_edge import cli, exchange, manage, profile, tokens
 from seqkv_edge.errors import DamagedError, SeqkvError, StoreError
 from seqkv_edge.state import FRAME, Chunk, Layout, RowType
 from seqkv_edge.store import CODERS, VERSION, Identity, Store, Surprisal, check_name, pack_chunk, unpack_chunk
@@ -60,6 +61,37 @@ def hash_path(seeds: list[int]) -> int:
     for seed in seeds:
         value = (value * 31 + seed + 1) % (1 << 31)
     return value
+
+
+class Coded:
+    """Frames of random blocks in a cache whose profile has predictors, and the level that they are coded at."""
+
+    def __init__(self, store: Store) -> None:
+        coder = small_coder()
+        rows = [layer.rows(k, v) for layer, k, v in zip(coder.layers, coder.k_bits, coder.v_bits)]
+        k, v = (
+            tuple(RowType(f"seqkv{b}{plan}", row[i], 128) for b, row in zip(bits, rows))
+            for i, (bits, plan) in enumerate(((coder.k_bits, "k"), (coder.v_bits, "")))
+        )
+        self.identity = Identity("m" * 32, "tiny.gguf", "seqkv3", "00", Layout(k, v, b""))
+        self._rows = rows
+        self.profile = store.path / "tiny.seqkv.gguf"
+        if not self.profile.is_file():  # complete under its name: other processes read it
+            own = self.profile.with_name(f"{os.getpid()}.gguf")
+            write_profile(own)
+            profile.add_predictors(own, dict(enumerate(coder.layers)))
+            os.replace(own, self.profile)
+        self.context = store.context(self.identity)
+        self.level = store.level(self.context, self.profile)
+        assert self.level.startswith("small-")
+
+    def chunk(self, seed: int) -> Chunk:
+        rng, parts = np.random.default_rng(seed), []
+        for (k, v), b in zip(self._rows, (3, 2, 4)):
+            keys = rng.integers(0, 256, (FRAME, k)).astype(np.uint8)
+            keys.reshape(-1, 2 + 8 * b)[:, 1] &= 0x7F
+            parts += [keys.tobytes(), rng.bytes(FRAME * v)]
+        return Chunk(b"".join(parts), np.arange(FRAME, dtype=np.uint8).tobytes() + bytes(4))
 
 
 @pytest.fixture
@@ -313,6 +345,34 @@ def test_a_flipped_bit_in_each_chunk(store, n):
     assert store.verify() == []
 
 
+@pytest.mark.parametrize("n", [20, pytest.param(1000, marks=pytest.mark.slow)])
+def test_a_flipped_bit_in_each_coded_chunk(store, n):
+    """Each alone, in sessions of ten frames: what is before it is there, it and what is coded from it is not, until it is made again."""
+    coded, rng = Coded(store), np.random.default_rng(3)
+    for session in range(n // 10):
+        ids: list[bytes] = []
+
+        def put(i: int) -> bytes:
+            parent = ids[i - 1] if i else None
+            return store.put(coded.context, parent, frame(session * 10 + i), coded.chunk(session * 10 + i), level=coded.level)
+
+        for i in range(10):
+            ids.append(put(i))
+        expected = [coded.chunk(session * 10 + i) for i in range(10)]
+        for i in range(10):
+            file = store._file(f"{ids[i].hex()}.{coded.level}")
+            data = bytearray(file.read_bytes())
+            data[rng.integers(len(data))] ^= 1 << rng.integers(8)
+            file.write_bytes(data)
+            chunks, error = store.restore(store.path_to(ids[-1]))
+            assert chunks == expected[:i] and isinstance(error, DamagedError) and "evaluated again" in str(error)
+            assert store.node(ids[i]).level is None
+            assert put(i) == ids[i]
+        chunks, error = store.restore(store.path_to(ids[-1]))
+        assert chunks == expected and error is None
+    assert store.verify() == []
+
+
 @pytest.mark.parametrize("n", [0, 1, 3, 100, -1])
 def test_truncated_and_missing_files(store, n):
     ids = fill(store, "a", [0, 1, 2])
@@ -417,13 +477,13 @@ sys.path.insert(0, sys.argv[1] + '/tests'); sys.path.insert(0, sys.argv[1])
 import test_store as t
 from seqkv_edge.store import Store
 with Store(sys.argv[2]) as store:
-    context = store.context(t.identity())
+    context, make, level = t.kind(store, sys.argv[6])
     seed, name = int(sys.argv[3]), sys.argv[4]
     path, seeds = [], []
     print('start', flush=True)
     for i in range(int(sys.argv[5])):
         seeds.append(i if i < 10 else seed * 1000 + i)
-        path.append(store.put(context, path[-1] if path else None, t.frame(seeds[-1]), t.chunk(64, t.hash_path(seeds)),
+        path.append(store.put(context, path[-1] if path else None, t.frame(seeds[-1]), make(t.hash_path(seeds)), level=level,
                               session=name if path else None))
         if i == 0:
             store.save(name, context, path[-1], [], None, {})
@@ -431,13 +491,21 @@ with Store(sys.argv[2]) as store:
 """
 
 
-def writer(path: Path, seed: int, name: str, n: int) -> subprocess.Popen:
+def kind(store: Store, name: str) -> tuple[int, Callable[[int], Chunk], str]:
+    """Context, chunks by seed and level of frames that are stored "raw" or "coded"."""
+    if name == "raw":
+        return store.context(identity()), lambda seed: chunk(FRAME, seed), "raw"
+    coded = Coded(store)
+    return coded.context, coded.chunk, coded.level
+
+
+def writer(path: Path, seed: int, name: str, n: int, how: str) -> subprocess.Popen:
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-    command = [sys.executable, "-c", WRITER, str(ROOT), str(path), str(seed), name, str(n)]
+    command = [sys.executable, "-c", WRITER, str(ROOT), str(path), str(seed), name, str(n), how]
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
 
 
-def check_written(store: Store, name: str, seed: int, least: int) -> int:
+def check_written(store: Store, name: str, seed: int, least: int, how: str) -> int:
     info = store.find(name)
     if info is None:
         assert least <= 1
@@ -446,16 +514,18 @@ def check_written(store: Store, name: str, seed: int, least: int) -> int:
     seeds = [i if i < 10 else seed * 1000 + i for i in range(len(path))]
     assert len(path) >= least and [list(n.tokens) for n in path] == [frame(s) for s in seeds]
     chunks, error = store.restore(path)
-    assert error is None and chunks == [chunk(FRAME, hash_path(seeds[: i + 1])) for i in range(len(path))]
+    make = kind(store, how)[1]
+    assert error is None and chunks == [make(hash_path(seeds[: i + 1])) for i in range(len(path))]
     return len(path)
 
 
+@pytest.mark.parametrize("how", ["raw", "coded"])
 @pytest.mark.parametrize("n", [12, pytest.param(200, marks=pytest.mark.slow)])
-def test_kill_at_random_points(tmp_path, n):
+def test_kill_at_random_points(tmp_path, n, how):
     rng = np.random.default_rng(11)
     seen = []
     for i in range(n):
-        process = writer(tmp_path / "s", i, f"n{i}", 3000)
+        process = writer(tmp_path / "s", i, f"n{i}", 3000, how)
         assert process.stdout
         process.stdout.readline()
         time.sleep(float(rng.uniform(0, 0.25)))
@@ -463,7 +533,7 @@ def test_kill_at_random_points(tmp_path, n):
         lines = process.stdout.read().split()
         process.wait()
         with Store(tmp_path / "s") as store:
-            seen.append(check_written(store, f"n{i}", i, int(lines[-1]) if lines else 0))
+            seen.append(check_written(store, f"n{i}", i, int(lines[-1]) if lines else 0, how))
             if i % 10 == 9 or i + 1 == n:
                 assert store.verify() == []
                 if n > 100:
@@ -476,14 +546,14 @@ def test_kill_at_random_points(tmp_path, n):
 
 def test_two_processes_on_one_store(tmp_path):
     Store(tmp_path / "s").close()
-    processes = [writer(tmp_path / "s", i, f"p{i}", 60) for i in range(2)]
+    processes = [writer(tmp_path / "s", i, f"p{i}", 60, "raw") for i in range(2)]
     with Store(tmp_path / "s") as store:  # a third, which collects garbage meanwhile
         while any(p.poll() is None for p in processes):
             store.gc()
             time.sleep(0.01)
         for i, process in enumerate(processes):
             assert process.stdout and process.wait() == 0
-            assert check_written(store, f"p{i}", i, 60) == 60
+            assert check_written(store, f"p{i}", i, 60, "raw") == 60
         assert store.verify() == [] and len(store.nodes()) == 10 + 2 * 50  # the first ten are shared
 
 
