@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from test_delta import small_coder, write_profile
 
-from seqkv_edge import cli, exchange, manage, profile, tokens
+from seqkv_edge import cli, coders, exchange, manage, profile, tokens
 from seqkv_edge.errors import DamagedError, SeqkvError, StoreError
 from seqkv_edge.state import FRAME, Chunk, Layout, RowType
 from seqkv_edge.store import CODERS, VERSION, Identity, Store, Surprisal, check_name, pack_chunk, unpack_chunk
@@ -371,6 +371,31 @@ def test_a_flipped_bit_in_each_coded_chunk(store, n):
         chunks, error = store.restore(store.path_to(ids[-1]))
         assert chunks == expected and error is None
     assert store.verify() == []
+
+
+def test_frames_with_loss(store):
+    """Those that no other session needs come back as quantizing them twice gives them; the rest, and other sessions, stay as they were."""
+    coded = Coded(store)
+    ids: dict[str, list[bytes]] = {"a": [], "b": []}
+    for name, seeds in (("a", [0, 1, 2, 3, 4]), ("b", [0, 1, 7])):
+        for i, seed in enumerate(seeds):
+            parent = ids[name][i - 1] if i else None
+            ids[name].append(store.put(coded.context, parent, frame(seed), coded.chunk(seed), level=coded.level))
+        store.save(name, coded.context, ids[name][-1], [5, 6], None, {})
+    n, before, after = store.make_lossy("a", coded.profile, "lossy12")
+    assert n == 3 and after < 0.8 * before
+    path = store.path_to(store.session("a").node)
+    assert [x.id for x in path[:2]] == ids["a"][:2] == ids["b"][:2] and store.path_to(store.session("b").node)[-1].id == ids["b"][-1]
+    assert [x.private for x in path] == [False] * 2 + [True] * 3 and [x.tokens for x in path] == [tuple(frame(i)) for i in range(5)]
+    twice = coders.path_coder(coders.predictors(coded.profile, coded.identity.layout), "lossy12")
+    expected = [coded.chunk(i) for i in range(2)] + [Chunk(twice.stored(coded.chunk(i).blocks), coded.chunk(i).extra) for i in range(2, 5)]
+    for again in (store, Store(store.path)):  # by a coder that has written, and by one that has not
+        chunks, error = again.restore(path)
+        assert chunks == expected and error is None and again.verify() == []
+    after_it = store.put(coded.context, path[-1].id, frame(9), coded.chunk(9), level=coded.level, session="a")  # it goes on, exact
+    assert store.node(after_it).private and Store(store.path).read_chunk(store.node(after_it)) == coded.chunk(9)
+    assert len(store.longest_prefix(coded.context, [t for i in range(5) for t in frame(i)])) == 2
+    assert store.make_lossy("a", coded.profile, "lossy12")[0] == 1 and store.make_lossy("a", coded.profile, "lossy22")[0] == 0
 
 
 @pytest.mark.parametrize("n", [0, 1, 3, 100, -1])
