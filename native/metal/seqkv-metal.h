@@ -1,6 +1,10 @@
 // What the Metal kernels and their host code share: constants of a pipeline and arguments. Plain C, included by both.
 #pragma once
 
+#ifdef __METAL_VERSION__
+#define SEQKV_TABLE constant // of tables.h, which follows
+#endif
+
 // How a cell stores values
 enum seqkv_cell {
     SEQKV_CELL_BLOCKS, // the seqkv types

@@ -27,7 +27,7 @@ kernel void kernel_seqkv_query(
         uint3  tgpig[[threadgroup_position_in_grid]],
         uint3   tgpg[[threadgroups_per_grid]],
         ushort     i[[thread_index_in_threadgroup]]) {
-    threadgroup float4 x[SEQKV_MAX_D*SEQKV_QUERY_COLS/4]; // (DK, QUERY_COLS)
+    threadgroup float x[SEQKV_QUERY_COLS*SEQKV_MAX_D]; // (QUERY_COLS, DK)
 
     const int h = tgpig.y/args.n_chunks, chunk = tgpig.y%args.n_chunks;
     const int frames = SEQKV_QUERY_COLS/HEADS, f0 = tgpig.x*frames, n = min(frames, args.n_frames - f0)*HEADS;
@@ -42,26 +42,38 @@ kernel void kernel_seqkv_query(
             y = seqkv_rotated((device const float *) (q + head*args.q_nb1 + tgpig.z*args.q_nb2), i, cs, args.n_rot, args.neox, true);
             rotated[(row0 + c)*DK + i] = (half) y;
         }
-        x[(i*SEQKV_QUERY_COLS + c)/4][c%4] = y;
+        x[c*DK + i] = y;
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
 
-    float4 sum[SEQKV_QUERY_COLS/4];
-    for (int c = 0; c < SEQKV_QUERY_COLS/4; ++c) {
-        sum[c] = FORM_K == SEQKV_PLAIN ? x[i*SEQKV_QUERY_COLS/4 + c] : float4(0.0f);
-    }
-    if (FORM_K != SEQKV_PLAIN) {
-        device const half * dec = seqkv_dec(prof, h, DK, DV) + i;
-        const float norm = rsqrt((float) DK);
-        for (int r = 0; r < DK; ++r) {
-            const float f = FORM_K == SEQKV_DENSE ? (float) dec[r*DK] : popcount(r & i) & 1 ? -norm : norm;
-            for (int c = 0; c < SEQKV_QUERY_COLS/4; ++c) {
-                sum[c] += f*x[r*SEQKV_QUERY_COLS/4 + c];
+    if (FORM_K == SEQKV_HADAMARD) {
+        seqkv_fwht(x, SEQKV_QUERY_COLS*DK, DK, i, DK);
+    } else if (FORM_K == SEQKV_DENSE) { // x <- x D, 32 columns by a simdgroup
+        device const half * dec = seqkv_dec(prof, h, DK, DV) + i/32*32;
+        simdgroup_float8x8 sum[SEQKV_QUERY_COLS/8][4], a[SEQKV_QUERY_COLS/8];
+        FOR_UNROLL (int k = 0; k < SEQKV_QUERY_COLS/8*4; ++k) {
+            sum[k/4][k%4] = make_filled_simdgroup_matrix<float, 8>(0.0f);
+        }
+        for (int r = 0; r < DK; r += 8) {
+            FOR_UNROLL (int k = 0; k < SEQKV_QUERY_COLS/8; ++k) {
+                simdgroup_load(a[k], x + 8*k*DK + r, DK, 0, false);
+            }
+            FOR_UNROLL (int c = 0; c < 4; ++c) {
+                simdgroup_half8x8 d;
+                simdgroup_load(d, dec + r*DK + 8*c, DK, 0, false);
+                FOR_UNROLL (int k = 0; k < SEQKV_QUERY_COLS/8; ++k) {
+                    simdgroup_multiply_accumulate(sum[k][c], a[k], d, sum[k][c]);
+                }
             }
         }
+        threadgroup_barrier(mem_flags::mem_threadgroup);
+        FOR_UNROLL (int k = 0; k < SEQKV_QUERY_COLS/8*4; ++k) {
+            simdgroup_store(sum[k/4][k%4], x + k/4*8*DK + i/32*32 + k%4*8, DK, 0, false);
+        }
+        threadgroup_barrier(mem_flags::mem_threadgroup);
     }
     for (int c = 0; c < n; ++c) {
-        dst[(row0 + c)*DK + i] = (half) sum[c/4][c%4];
+        dst[(row0 + c)*DK + i] = (half) x[c*DK + i];
     }
 }
 
@@ -92,6 +104,9 @@ kernel void kernel_seqkv_decode(
     const int  end   = min(begin + args.part_rows, exact ? args.n_virt : args.n_kv);
     const int  ck = lane%(DK/8), cv = lane%(DV/8); // which 8 values of a row
 
+    k += s*args.k_nb2 + h*args.size_k;
+    v += s*args.v_nb2 + h*args.size_v;
+    const uint64_t k_nb1 = args.k_nb1, v_nb1 = args.v_nb1;
     device const ushort * mask_row = (device const ushort *) (mask + s*args.mask_nb3 + t*args.mask_nb1);
     device const int    * meta_row = meta + (int64_t) s*args.n_virt;
     device const half   * queries  = query + (exact ? (int64_t) tgpg.z*tgpg.y*args.n_frames*HEADS*DK : 0)
@@ -100,10 +115,10 @@ kernel void kernel_seqkv_decode(
 
     float m[SEQKV_MAX_HEADS], l[SEQKV_MAX_HEADS], sum[SEQKV_MAX_HEADS][8];
     half4 q[SEQKV_MAX_HEADS][2];
-    for (int g = 0; g < HEADS; ++g) {
+    FOR_UNROLL (int g = 0; g < HEADS; ++g) {
         m[g] = SEQKV_NO_LOGIT;
         l[g] = 0.0f;
-        for (int i = 0; i < 8; ++i) {
+        FOR_UNROLL (int i = 0; i < 8; ++i) {
             sum[g][i] = 0.0f;
         }
     }
@@ -125,27 +140,29 @@ kernel void kernel_seqkv_decode(
                 if (exact) {
                     seqkv_load_other(SEQKV_CELL_F16, (device const uchar *) (seqkv_exact(args, win, cur, s, j + at) + h*DK), ck, x);
                 } else {
-                    seqkv_load(CELL_K, BITS_K, GRADED_K, k + s*args.k_nb2 + (j + at)*args.k_nb1 + h*args.size_k, ck, x);
+                    seqkv_load(CELL_K, BITS_K, GRADED_K, k + (j + at)*k_nb1, ck, x);
                     if (FORM_K == SEQKV_DENSE) {
                         device const half4 * add = (device const half4 *) (pred + (mr & 255)*DK);
-                        for (int i = 0; i < 8; ++i) {
-                            x[i] += add[i/4][i%4];
+                        const half4 add0 = add[0], add1 = add[1];
+                        FOR_UNROLL (int i = 0; i < 4; ++i) {
+                            x[i]     += add0[i];
+                            x[i + 4] += add1[i];
                         }
                     }
                 }
                 if (mr >> 8 != held) {
                     held = mr >> 8;
-                    for (int g = 0; g < HEADS; ++g) {
+                    FOR_UNROLL (int g = 0; g < HEADS; ++g) {
                         device const half4 * from = (device const half4 *) (queries + ((int64_t) (held - 64)*HEADS + g)*DK);
                         q[g][0] = from[0];
                         q[g][1] = from[1];
                     }
                 }
-                for (int g = 0; g < HEADS; ++g) {
+                FOR_UNROLL (int g = 0; g < HEADS; ++g) {
                     dot8[g] = dot(float4(q[g][0]), float4(x[0], x[1], x[2], x[3])) + dot(float4(q[g][1]), float4(x[4], x[5], x[6], x[7]));
                 }
             }
-            for (int g = 0; g < HEADS; ++g) {
+            FOR_UNROLL (int g = 0; g < HEADS; ++g) {
                 for (ushort o = DK/16; o > 0; o /= 2) {
                     dot8[g] += simd_shuffle_xor(dot8[g], o);
                 }
@@ -156,7 +173,7 @@ kernel void kernel_seqkv_decode(
         }
         simdgroup_barrier(mem_flags::mem_threadgroup);
 
-        for (int g = 0; g < HEADS; ++g) {
+        FOR_UNROLL (int g = 0; g < HEADS; ++g) {
             const float logit   = keep ? seqkv_logit(args, p[g*SEQKV_TILE + lane]) : SEQKV_NO_LOGIT;
             const float highest = max(m[g], simd_max(logit));
             const float f       = exp(m[g] - highest);
@@ -164,7 +181,7 @@ kernel void kernel_seqkv_decode(
             m[g] = highest;
             l[g] = l[g]*f + simd_sum(e);
             p[g*SEQKV_TILE + lane] = e;
-            for (int i = 0; i < 8; ++i) {
+            FOR_UNROLL (int i = 0; i < 8; ++i) {
                 sum[g][i] *= f;
             }
         }
@@ -177,11 +194,11 @@ kernel void kernel_seqkv_decode(
                 if (exact) {
                     seqkv_load_other(SEQKV_CELL_F16, (device const uchar *) (seqkv_exact(args, win, cur, s, j + at) + args.n_head_kv*DK + h*DV), cv, x);
                 } else {
-                    seqkv_load(CELL_V, BITS_V, 0, v + s*args.v_nb2 + (j + at)*args.v_nb1 + h*args.size_v, cv, x);
+                    seqkv_load(CELL_V, BITS_V, 0, v + (j + at)*v_nb1, cv, x);
                 }
-                for (int g = 0; g < HEADS; ++g) {
+                FOR_UNROLL (int g = 0; g < HEADS; ++g) {
                     const float e = p[g*SEQKV_TILE + at];
-                    for (int i = 0; i < 8; ++i) {
+                    FOR_UNROLL (int i = 0; i < 8; ++i) {
                         sum[g][i] += e*x[i];
                     }
                 }
@@ -192,7 +209,7 @@ kernel void kernel_seqkv_decode(
 
     for (int g = 0; g < HEADS && chunk*HEADS + g < args.group; ++g) {
         const int64_t out = ((int64_t) tgpig.z*args.n_head_kv*args.group + h*args.group + chunk*HEADS + g)*args.n_parts + part;
-        for (int i = 0; i < 8; ++i) {
+        FOR_UNROLL (int i = 0; i < 8; ++i) {
             for (ushort o = DV/8; o < 32; o *= 2) {
                 sum[g][i] += simd_shuffle_xor(sum[g][i], o);
             }
@@ -283,7 +300,7 @@ kernel void kernel_seqkv_expand(
         if (rows[r] >= 0 && j < args.n_kv) {
             seqkv_load(CELL_K, BITS_K, GRADED_K, k + s*args.k_nb2 + j*args.k_nb1 + h*args.size_k, c, z);
         }
-        for (int i = 0; i < 8; ++i) {
+        FOR_UNROLL (int i = 0; i < 8; ++i) {
             const bool add = FORM_K == SEQKV_DENSE && rows[r] >= 0;
             x[r*DK + 8*c + i] = z[i] + (add ? (float) seqkv_pred(prof, h, DK, DV)[(rows[r] & 255)*DK + 8*c + i] : 0.0f);
         }
@@ -325,7 +342,7 @@ kernel void kernel_seqkv_expand(
         if (rows[r] >= 0 && j < args.n_kv) {
             seqkv_load(CELL_V, BITS_V, 0, v + s*args.v_nb2 + j*args.v_nb1 + h*args.size_v, c, z);
         }
-        for (int i = 0; i < 8; ++i) {
+        FOR_UNROLL (int i = 0; i < 8; ++i) {
             x[r*DV + 8*c + i] = z[i];
         }
     }
@@ -384,11 +401,12 @@ kernel void kernel_seqkv_prefill(
     const int64_t row = (int64_t) s*args.n_tokens + t0 + min((int) lane%8, n - 1);
     float m = args.has_sinks ? sinks[head] : SEQKV_NO_LOGIT, l = args.has_sinks ? 1.0f : 0.0f;
     if (args.j0 > 0) {
-        m = ml[row*n_head + head].x;
-        l = ml[row*n_head + head].y;
+        const float2 former = (int) lane < n ? ml[row*n_head + head] : float2(SEQKV_NO_LOGIT, 0.0f);
+        m = simd_shuffle(former.x, (ushort) (lane%8));
+        l = simd_shuffle(former.y, (ushort) (lane%8));
     }
     simdgroup_float8x8 sum[SEQKV_MAX_D/8];
-    for (int i = 0; i < DV/8; ++i) {
+    FOR_UNROLL (int i = 0; i < DV/8; ++i) {
         sum[i] = make_filled_simdgroup_matrix<float, 8>(0.0f);
         if (args.j0 > 0) {
             simdgroup_barrier(mem_flags::mem_threadgroup);
@@ -444,12 +462,12 @@ kernel void kernel_seqkv_prefill(
         simdgroup_barrier(mem_flags::mem_threadgroup);
         simdgroup_float8x8 scale, weights[SEQKV_TILE/8];
         simdgroup_load(scale, f, 8, 0, false);
-        for (int c = 0; c < SEQKV_TILE/8; ++c) {
+        FOR_UNROLL (int c = 0; c < SEQKV_TILE/8; ++c) {
             simdgroup_load(weights[c], p + 8*c, SEQKV_TILE, 0, false);
         }
-        for (int i = 0; i < DV/8; ++i) {
+        FOR_UNROLL (int i = 0; i < DV/8; ++i) {
             simdgroup_multiply(sum[i], scale, sum[i]);
-            for (int c = 0; c < SEQKV_TILE/8; ++c) {
+            FOR_UNROLL (int c = 0; c < SEQKV_TILE/8; ++c) {
                 simdgroup_half8x8 b;
                 simdgroup_load(b, v + (int64_t) (j + 8*c)*DV + 8*i, DV, 0, false);
                 simdgroup_multiply_accumulate(sum[i], weights[c], b, sum[i]);
@@ -459,7 +477,7 @@ kernel void kernel_seqkv_prefill(
     }
 
     const bool last = args.j1 == args.n_virt;
-    for (int i = 0; i < DV/8; ++i) {
+    FOR_UNROLL (int i = 0; i < DV/8; ++i) {
         simdgroup_store(sum[i], p, 8, 0, false);
         simdgroup_barrier(mem_flags::mem_threadgroup);
         for (int c = lane; c < 64; c += 32) {
@@ -470,7 +488,7 @@ kernel void kernel_seqkv_prefill(
         }
         simdgroup_barrier(mem_flags::mem_threadgroup);
     }
-    if (lane < n) {
+    if ((int) lane < n) {
         ml[row*n_head + head] = float2(m, l);
     }
 }

@@ -3,8 +3,6 @@
 
 #include "common.h"
 #include "seqkv-metal.h"
-
-#define SEQKV_TABLE constant
 #include "tables.h"
 
 constant int DK       [[function_constant(FC_SEQKV + SEQKV_FC_DK)]];

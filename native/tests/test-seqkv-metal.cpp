@@ -82,6 +82,12 @@ std::vector<std::unique_ptr<test_case>> & cases() {
                 all.emplace_back(new test_seqkv(GGML_OP_SEQKV_STORE, t, t, 64, 64, 2, 1, 256, 68, 33, 1));
             }
         }
+        // what decode costs: every frame of rot in use
+        for (const int bits : { 2, 3, 4 }) {
+            all.emplace_back(new test_seqkv(GGML_OP_SEQKV_ATTN, ggml_seqkv_type(bits, true), ggml_seqkv_type(bits, false), 128, 128, 1, 4, 4096, 68, 1));
+        }
+        // prefill over more than one chunk of rows
+        all.emplace_back(new test_seqkv(GGML_OP_SEQKV_ATTN, GGML_TYPE_SEQKV3K, GGML_TYPE_SEQKV3, 64, 64, 1, 1, 4200, 68, 9, 1, test_seqkv::IN_ORDER, true, true));
     }
     return all;
 }
