@@ -62,6 +62,7 @@ class Cases:
         lib.metal_open.restype = ctypes.c_void_p
         lib.metal_error.restype = ctypes.c_double
         lib.metal_differs.restype = ctypes.c_int64
+        lib.metal_supports_store.restype = ctypes.c_bool
         lib.metal_text.argtypes = lib.metal_close.argtypes = [ctypes.c_void_p]
         lib.metal_error.argtypes = lib.metal_differs.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
         self.names = [lib.metal_case(i).decode() for i in range(lib.metal_n_cases())]
@@ -134,25 +135,25 @@ def test_store(cases: Cases, kernels: dict[str, emulator.Library]) -> None:
     """The oracle's bytes, of the cells that are left alone too."""
     selected = [i for i in cases.select("SEQKV_STORE") if "type_k=seqkv" in cases.names[i]]
     assert len(selected) >= 72
-    assert not cases.failures(selected[::5], kernels, exact=True)
+    assert not cases.failures(selected[::3], kernels, exact=True)
 
 
 def test_store_of_other_types(cases: Cases, kernels: dict[str, emulator.Library]) -> None:
     selected = [i for i in cases.select("SEQKV_STORE") if "type_k=seqkv" not in cases.names[i]]
-    assert len(selected) >= 17
+    assert len(selected) >= 18
     assert not cases.failures(selected, kernels)
 
 
 def test_decode(cases: Cases, kernels: dict[str, emulator.Library]) -> None:
     selected = cases.select("SEQKV_ATTN", n_tokens=8)
     assert len(selected) >= 150
-    assert not cases.failures(selected[::4], kernels)
+    assert not cases.failures(selected[::2], kernels)
 
 
 def test_prefill(cases: Cases, kernels: dict[str, emulator.Library]) -> None:
     selected = sorted(set(cases.select("SEQKV_ATTN")) - set(cases.select("SEQKV_ATTN", n_tokens=8)))
     assert len(selected) >= 150
-    assert not cases.failures(selected[::13], kernels)
+    assert not cases.failures(selected[::6], kernels)
 
 
 @pytest.mark.slow

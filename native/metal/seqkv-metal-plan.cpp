@@ -42,7 +42,7 @@ static int form_of(ggml_type type, const ggml_tensor * prof) {
 
 bool ggml_seqkv_metal_supported(const ggml_tensor * op) {
     const ggml_seqkv_params p = params_of(op);
-    const auto head  = [](int d) { return d == 64 || d == 128 || d == 256; };
+    const auto head  = [](int d) { return d == 0 || d == 64 || d == 128 || d == 256; }; // 0: only the type is asked about
     const auto cells = [](const ggml_tensor * t) { return !t || cell_of(t->type) >= 0; }; // sources may be missing: what is there is asked about
     switch (op->op) {
         case GGML_OP_SEQKV_FRAME: return true;

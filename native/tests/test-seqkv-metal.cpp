@@ -71,6 +71,33 @@ static void init_tensor_uniform(ggml_tensor * t, float min = -1.0f, float max = 
 
 namespace {
 
+// rows of the window
+struct test_rows : public test_seqkv {
+    test_rows() : test_seqkv(GGML_OP_SEQKV_STORE, GGML_TYPE_F16, GGML_TYPE_F16, 64, 128, 2, 1, 256, 68, 33) {}
+
+    ggml_tensor * build_graph(ggml_context * ctx) override {
+        ggml_seqkv_params params = {};
+        params.dk        = (int32_t) dk;
+        params.dv        = (int32_t) dv;
+        params.n_head_kv = (int32_t) n_head_kv;
+        params.n_kv      = (int32_t) n_kv;
+        params.n_win     = (int32_t) n_win;
+        params.part      = GGML_SEQKV_ROW;
+        ggml_tensor * meta = ggml_set_name(ggml_new_tensor_2d(ctx, GGML_TYPE_I32, n_kv + n_win + n_tokens, 1), "meta");
+        ggml_tensor * cur  = ggml_set_name(ggml_new_tensor_2d(ctx, GGML_TYPE_F16, n_head_kv*(dk + dv), n_tokens), "cur");
+        ggml_tensor * dst  = ggml_set_name(ggml_new_tensor_2d(ctx, GGML_TYPE_F16, n_head_kv*(dk + dv), n_win), "dst");
+        ggml_tensor * idxs = ggml_set_name(ggml_new_tensor_1d(ctx, GGML_TYPE_I64, n_tokens), "idxs");
+        return ggml_seqkv_store(ctx, dst, cur, idxs, meta, nullptr, params);
+    }
+    void initialize_tensors(ggml_context * ctx) override {
+        test_seqkv::initialize_tensors(ctx);
+        ggml_tensor * idxs = ggml_get_tensor(ctx, "idxs");
+        for (int64_t i = 0; i < n_tokens; ++i) {
+            ((int64_t *) idxs->data)[i] = i%7 == 3 ? -1 : (5*i + 2)%n_win;
+        }
+    }
+};
+
 std::vector<std::unique_ptr<test_case>> & cases() {
     static std::vector<std::unique_ptr<test_case>> all;
     if (all.empty()) {
@@ -82,6 +109,7 @@ std::vector<std::unique_ptr<test_case>> & cases() {
                 all.emplace_back(new test_seqkv(GGML_OP_SEQKV_STORE, t, t, 64, 64, 2, 1, 256, 68, 33, 1));
             }
         }
+        all.emplace_back(new test_rows);
         // what decode costs: every frame of rot in use
         for (const int bits : { 2, 3, 4 }) {
             all.emplace_back(new test_seqkv(GGML_OP_SEQKV_ATTN, ggml_seqkv_type(bits, true), ggml_seqkv_type(bits, false), 128, 128, 1, 4, 4096, 68, 1));
@@ -210,6 +238,23 @@ int64_t metal_differs(void * handle, const uint8_t * data) {
         n += ((const uint8_t *) r->out->data)[i] != data[i];
     }
     return n;
+}
+
+// whether STORE into cells of a type (part: enum ggml_seqkv_part), heads of d values, is said to be possible
+bool metal_supports_store(const char * type, int part, int d) {
+    for (int i = 0; i < GGML_TYPE_COUNT; ++i) {
+        if (ggml_type_name((ggml_type) i) && !strcmp(ggml_type_name((ggml_type) i), type)) {
+            ggml_seqkv_params p = {};
+            p.part = part;
+            p.dk   = p.dv = d;
+            ggml_tensor op = {};
+            op.op   = GGML_OP_SEQKV_STORE;
+            op.type = (ggml_type) i;
+            memcpy(op.op_params, &p, sizeof(p));
+            return ggml_seqkv_metal_supported(&op);
+        }
+    }
+    return false;
 }
 
 void metal_close(void * handle) { delete (run *) handle; }
