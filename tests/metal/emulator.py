@@ -51,7 +51,7 @@ KINDS = {
 METAL = ["-x", "c++", "-std=c++14", "-nostdinc", "-D__METAL_VERSION__=320", "-D__METAL__", "-I", str(HERE)]
 COMPILE = [
     "-O2", "-fPIC", "-mf16c", "-fno-exceptions", "-fno-math-errno", "-ffp-contract=off", "-fno-vectorize", "-fno-slp-vectorize", "-gline-tables-only",
-    "-Xclang", "-fnative-half-type", "-Xclang", "-fallow-half-arguments-and-returns", "-w", "-Werror=c++17-extensions", "-Werror=c++20-extensions",
+    "-Xclang", "-fnative-half-type", "-Xclang", "-fallow-half-arguments-and-returns", "-Wno-everything", "-Werror=c++17-extensions", "-Werror=c++20-extensions",
     "-fsanitize=thread", "-mllvm", "-tsan-instrument-func-entry-exit=0", "-mllvm", "-tsan-instrument-read-before-write", "-ferror-limit=10",
 ]  # fmt: skip
 
@@ -238,8 +238,9 @@ class Library:
         self.lib = ctypes.CDLL(str(path))
 
     def run(self, name: str, grid: Sequence[int], threads: int | Sequence[int], buffers: Mapping[int, int], regions: Sequence[tuple[int, int]],
-            threadgroup_bytes: int | Mapping[int, int] = 0, constants: Mapping[int, int] = {}, schedule: int = 0) -> dict[str, int]:  # fmt: skip
-        """buffers: address by index. regions: (address, bytes) of all memory that the kernel may touch. Returns COUNTERS."""
+            threadgroup_bytes: int | Mapping[int, int] = 0, constants: Mapping[int, int] = {}, schedule: int = 0, lockstep: bool = False) -> dict[str, int]:  # fmt: skip
+        """buffers: address by index. regions: (address, bytes) of all memory that the kernel may touch. lockstep: threads of a
+        simdgroup are not checked for races with each other. Returns COUNTERS."""
         shape = (threads, 1, 1) if isinstance(threads, int) else threads
         sizes = {0: threadgroup_bytes} if isinstance(threadgroup_bytes, int) else threadgroup_bytes
 
@@ -250,7 +251,7 @@ class Library:
         error, at = ctypes.create_string_buffer(1024), ctypes.c_uint64()
         ranges = (ctypes.c_uint64 * (2 * len(regions)))(*[x for address, n in regions for x in (address, address + n)])
         self.lib.emu_run(name.encode(), (ctypes.c_uint * 3)(*grid), (ctypes.c_uint * 3)(*shape), (ctypes.c_void_p * 32)(*[buffers.get(i) for i in range(32)]),
-                         ranges, len(regions), pairs(sizes), pairs(constants), schedule, counters, error, ctypes.byref(at))  # fmt: skip
+                         ranges, len(regions), pairs(sizes), pairs(constants), schedule, lockstep, counters, error, ctypes.byref(at))  # fmt: skip
         if error.value:
             raise EmulatorError(f"{name}: {error.value.decode()}{self.line(at.value)}")
         return dict(zip(COUNTERS, counters))

@@ -98,6 +98,7 @@ struct machine {
     const kernel * running = nullptr;
     counters  count;
     uint64_t  random;
+    bool      lockstep;
     std::string error;
     void *    error_at;
 };
@@ -139,7 +140,10 @@ unsigned next_random() {
 
 // whether thread t has a barrier between an access and now
 bool ordered(uint32_t group, uint32_t simd, int thread, int t, space s) {
-    return thread == t || (group >= m.first_epoch[s] && (group != m.epoch[s] || (thread/SIMD == t/SIMD && simd != m.simdgroups[t/SIMD].epoch[s])));
+    if (group < m.first_epoch[s]) {
+        return false; // another threadgroup
+    }
+    return thread == t || group != m.epoch[s] || (thread/SIMD == t/SIMD && (m.lockstep || simd != m.simdgroups[t/SIMD].epoch[s]));
 }
 
 // false: a race
@@ -152,7 +156,7 @@ bool note(cell & c, bool write, space s) {
     if (write) {
         const bool read_now = c.read_group == group;
         if (c.read_before || (c.read_group != 0 && c.read_group < m.first_epoch[s]) || (read_now && c.read_simdgroups & ~(1u << g))
-                || (read_now && c.read_simdgroup == g && c.read_simd == simd && c.read_lanes & ~(1u << lane))) {
+                || (read_now && !m.lockstep && c.read_simdgroup == g && c.read_simd == simd && c.read_lanes & ~(1u << lane))) {
             return false;
         }
         c = { group, simd, 0, 0, 0, 0, (uint16_t) t, 0, 0 };
@@ -451,7 +455,7 @@ void * __tsan_memset(void * to, int x, size_t n) {
 
 // Arrays end with a negative index. error: "" or text; error_at: address in the library, or 0.
 void emu_run(const char * name, const unsigned * grid, const unsigned * threads, void ** buffers, const uint64_t * regions, int n_regions,
-        const int64_t * threadgroup, const int64_t * function_constants, int schedule, uint64_t * counters, char * error, uint64_t * error_at) {
+        const int64_t * threadgroup, const int64_t * function_constants, int schedule, bool lockstep, uint64_t * counters, char * error, uint64_t * error_at) {
     m.error.clear();
     m.error_at = nullptr;
     const auto k = kernels().find(name);
@@ -504,7 +508,8 @@ void emu_run(const char * name, const unsigned * grid, const unsigned * threads,
     memset(emu_operations, 0, sizeof(emu_operations));
     memset(m.epoch, 0, sizeof(m.epoch));
     memset(m.simdgroups, 0, sizeof(m.simdgroups));
-    m.random = schedule;
+    m.random   = schedule;
+    m.lockstep = lockstep;
     const unsigned n = grid[0]*grid[1]*grid[2];
     std::vector<int> groups;
     order(groups, n, schedule);
