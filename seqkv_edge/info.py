@@ -14,7 +14,6 @@ from . import __version__, lib_dir, llama, model, profile
 from .engine import devices
 from .errors import SeqkvError
 
-
 # where the kernels of each backend have run
 BACKENDS = {
     "CPU": "run on hardware",

@@ -34,12 +34,15 @@ kernel void kernel_seqkv_query(
     const int64_t row0 = (((int64_t) tgpig.z*tgpg.y + tgpig.y)*args.n_frames + f0)*HEADS;
     device half * rotated = dst + (int64_t) tgpg.z*tgpg.y*args.n_frames*HEADS*DK;
 
+    const int group = args.group, n_rot = args.n_rot, neox = args.neox, rot_stride = args.rot_stride;
+    const uint64_t q_nb1 = args.q_nb1;
+    q += tgpig.z*args.q_nb2;
     for (int c = 0; c < SEQKV_QUERY_COLS; ++c) {
         float y = 0.0f;
         if (c < n) {
-            const int head = h*args.group + min(chunk*HEADS + c%HEADS, args.group - 1);
-            device const float * cs = rot + (int64_t) (64 + f0 + c/HEADS)*args.rot_stride;
-            y = seqkv_rotated((device const float *) (q + head*args.q_nb1 + tgpig.z*args.q_nb2), i, cs, args.n_rot, args.neox, true);
+            const int head = h*group + min(chunk*HEADS + c%HEADS, group - 1);
+            device const float * cs = rot + (int64_t) (64 + f0 + c/HEADS)*rot_stride;
+            y = seqkv_rotated((device const float *) (q + head*q_nb1), i, cs, n_rot, neox, true);
             rotated[(row0 + c)*DK + i] = (half) y;
         }
         x[c*DK + i] = y;

@@ -45,7 +45,7 @@ static inline void seqkv_load_blocks(int bits, int graded, device const uchar * 
     device const uchar * planes = b + 1 + graded + i;
     const int B = seqkv_value_bits(bits, graded, i);
     if (B == 0) {
-        for (int k = 0; k < 8; ++k) {
+        FOR_UNROLL (int k = 0; k < 8; ++k) {
             y[k] = 0.0f;
         }
         return;
@@ -65,9 +65,10 @@ static inline void seqkv_load_blocks(int bits, int graded, device const uchar * 
         hi |= seqkv_spread(planes[0] >> 4) << (j + 1);
     }
     constant int8_t * level = seqkv_level_table(B);
-    for (int k = 0; k < 4; ++k) {
-        y[k]     = factor*level[lo >> 8*k & 255];
-        y[k + 4] = factor*level[hi >> 8*k & 255];
+    const uchar4 l0 = as_type<uchar4>(lo), l1 = as_type<uchar4>(hi);
+    FOR_UNROLL (int k = 0; k < 4; ++k) {
+        y[k]     = factor*level[l0[k]];
+        y[k + 4] = factor*level[l1[k]];
     }
 }
 
