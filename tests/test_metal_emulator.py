@@ -79,6 +79,10 @@ kernel void shuffles(device const int * x, device int * y, ushort lane [[thread_
     y[128 + lane] = simd_max(v) - simd_min(v);
     y[160 + lane] = simd_any(v == 7) + 2*simd_all(v == 7);
 }
+constant float table[4] = { 1.0f, 2.0f, 4.0f, 8.0f };
+kernel void tabled(device const int * x, device float * y, ushort lane [[thread_index_in_simdgroup]]) {
+    y[lane] = table[x[lane]] + (x[lane] & 2);
+}
 template <typename T>
 kernel void multiply(device const T * a, device const T * b, device float * c) {
     simdgroup_matrix<T, 8, 8> ma, mb;
@@ -121,6 +125,13 @@ def test_threads_and_simdgroups(good: emulator.Library, schedule: int) -> None:
     down = np.where(lane < 24, np.roll(v, -8), v)
     expected = [v[lane ^ 5], down, v[::-1], np.cumsum(v) - v, np.full(32, v.max() - v.min()), np.full(32, int(7 in v))]
     assert (s.reshape(6, 32) == np.array(expected)).all()
+
+
+def test_tables(good: emulator.Library) -> None:
+    x, y = np.arange(32, dtype=np.int32) % 4, np.zeros(32, np.float32)
+    counters = run(good, "tabled", (1, 1, 1), 32, [x, y])
+    assert (y == 2.0**x + (x & 2)).all()
+    assert (counters["constant_loads"], counters["integer_operations"], counters["float_operations"]) == (32, 32, 32)
 
 
 @pytest.mark.parametrize(("dtype", "name"), [(np.float32, "multiply_f32"), (np.float16, "multiply_f16")])

@@ -78,7 +78,7 @@ struct region { uintptr_t begin, end; bool writable; cell * cells; };
 struct kernel { void (*call)(const void *); const void * entry; std::vector<int> kinds; };
 struct constant { void * value; size_t size; };
 // in the order of COUNTERS in emulator.py, which is followed by emu_operations
-struct counters { uint64_t load_bytes, store_bytes, loads, stores, constant_bytes, threadgroup_loads, threadgroup_stores, threadgroup_bytes, matrix, simd, barriers; };
+struct counters { uint64_t load_bytes, store_bytes, loads, stores, constant_loads, threadgroup_loads, threadgroup_stores, threadgroup_bytes, matrix, simd, barriers; };
 
 struct machine {
     fiber     fibers[MAX_THREADS];
@@ -229,7 +229,7 @@ void access(uintptr_t p, size_t n, bool write, bool aligned, void * at) {
             }
         }
     } else if (p >= (uintptr_t) __ehdr_start && p < (uintptr_t) _end) {
-        m.count.constant_bytes += n; // tables
+        ++m.count.constant_loads; // tables
         return;
     } else {
         return fail(what() + " outside of all buffers", at);
@@ -348,7 +348,7 @@ void run_group(int schedule) {
 }
 
 extern "C" {
-uint64_t emu_operations[3]; // floating point operations, integer operations, functions (exp, ..): counted in the kernels
+uint64_t emu_operations[4]; // floating point operations, integer operations, functions (exp, ..), loads of constants: counted in the kernels
 
 void emu_register(const char * name, void (*call)(const void *), const void * entry, const int * kinds, int n) { kernels()[name] = { call, entry, std::vector<int>(kinds, kinds + n + 1) }; }
 void emu_register_constant(int index, void * value, unsigned long size) { constants().insert({ index, { value, size } }); }
@@ -526,8 +526,9 @@ void emu_run(const char * name, const unsigned * grid, const unsigned * threads,
             munmap(r.cells, (r.end - r.begin)*sizeof(cell));
         }
     }
+    m.count.constant_loads += emu_operations[3];
     memcpy(counters, &m.count, sizeof(m.count));
-    memcpy(counters + sizeof(m.count)/sizeof(*counters), emu_operations, sizeof(emu_operations));
+    memcpy(counters + sizeof(m.count)/sizeof(*counters), emu_operations, 3*sizeof(*emu_operations));
     snprintf(error, 1024, "%s", m.error.c_str());
     *error_at = m.error_at ? (uintptr_t) m.error_at - (uintptr_t) __ehdr_start : 0;
 }
