@@ -51,7 +51,7 @@ KINDS = {
 METAL = ["-x", "c++", "-std=c++14", "-nostdinc", "-D__METAL_VERSION__=320", "-D__METAL__", "-I", str(HERE)]
 COMPILE = [
     "-O2", "-fPIC", "-mf16c", "-fno-exceptions", "-fno-math-errno", "-ffp-contract=off", "-fno-vectorize", "-fno-slp-vectorize", "-gline-tables-only",
-    "-Xclang", "-fnative-half-type", "-Xclang", "-fallow-half-arguments-and-returns", "-Wno-everything", "-Werror=c++17-extensions", "-Werror=c++20-extensions",
+    "-Xclang", "-fnative-half-type", "-Wno-everything", "-Werror=c++17-extensions", "-Werror=c++20-extensions",
     "-fsanitize=thread", "-mllvm", "-tsan-instrument-func-entry-exit=0", "-mllvm", "-tsan-instrument-read-before-write", "-ferror-limit=10",
 ]  # fmt: skip
 
@@ -285,7 +285,13 @@ def load(source: str, cache: Path, kernels: str = "", baked: Mapping[int, int] =
         cache.mkdir(parents=True, exist_ok=True)
         text = translate(run_clang(["-E", "-DEMU_PREPROCESS", *METAL, "-"], source), kernels, baked)
         built.with_suffix(".cpp").write_text(text)
-        ir = run_clang([*COMPILE, *METAL, "-S", "-emit-llvm", "-o", "-", built.with_suffix(".cpp")])
+        # half arguments: the option's name has changed
+        half = (
+            "-fallow-half-arguments-and-returns"
+            if int(run_clang(["-dumpversion"]).split(".")[0]) < 16
+            else "-fnative-half-arguments-and-returns"
+        )
+        ir = run_clang([*COMPILE, "-Xclang", half, *METAL, "-S", "-emit-llvm", "-o", "-", built.with_suffix(".cpp")])
         built.with_suffix(".ll").write_text(count_operations(ir))
         machine = cache / f"machine-{hashlib.sha256(headers.encode()).hexdigest()[:16]}.o"
         if not machine.exists():
