@@ -210,17 +210,18 @@ kernel void kernel_seqkv_decode(
         simdgroup_barrier(mem_flags::mem_threadgroup);
     }
 
-    for (int g = 0; g < HEADS && chunk*HEADS + g < args.group; ++g) {
+    FOR_UNROLL (int g = 0; g < HEADS; ++g) { // a constant number of times: the sums have to stay in registers
         const int64_t out = ((int64_t) tgpig.z*args.n_head_kv*args.group + h*args.group + chunk*HEADS + g)*args.n_parts + part;
+        const bool    one = chunk*HEADS + g < args.group;
         FOR_UNROLL (int i = 0; i < 8; ++i) {
             for (ushort o = DV/8; o < 32; o *= 2) {
                 sum[g][i] += simd_shuffle_xor(sum[g][i], o);
             }
-            if (lane < DV/8) {
+            if (one && lane < DV/8) {
                 acc[out*DV + 8*cv + i] = sum[g][i];
             }
         }
-        if (lane == 0) {
+        if (one && lane == 0) {
             ml[out] = float2(m[g], l[g]);
         }
     }
