@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import re
-import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,9 +21,7 @@ import emulator  # noqa: E402
 CACHE = ROOT / "build" / "metal"
 SCHEDULES = (0, 1, 2, 3)  # forward, backward, two random ones
 
-pytestmark = pytest.mark.skipif(
-    not shutil.which("clang++"), reason="no clang++: install clang to run Metal kernels in the emulator (Debian: apt install clang)"
-)
+pytestmark = pytest.mark.skipif(bool(emulator.missing()), reason=emulator.missing())
 
 
 def run(library: emulator.Library, kernel: str, grid: Sequence[int], threads: Any, buffers: Sequence[Any], memory: int = 0,

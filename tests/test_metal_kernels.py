@@ -9,7 +9,6 @@ from __future__ import annotations
 import ctypes
 import json
 import re
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -29,9 +28,9 @@ SOURCES = ("seqkv_store.metal", "seqkv_attn.metal")
 
 
 def patched_tree() -> Path:
-    """ggml of a patched llama.cpp; skips without one, or without clang++."""
-    if not shutil.which("clang++"):
-        pytest.skip("no clang++: install clang to run the Metal kernels in the emulator (Debian: apt install clang)")
+    """ggml of a patched llama.cpp; skips without one, or where the emulator does not run."""
+    if emulator.missing():
+        pytest.skip(emulator.missing())
     found = sorted((ROOT / "build").glob("*/llama.cpp/ggml"))
     if not found:
         pytest.skip("no patched tree under build/: 'make test' makes one")

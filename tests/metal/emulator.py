@@ -21,9 +21,11 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import platform
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -58,6 +60,13 @@ COMPILE = [
 
 class EmulatorError(Exception):
     pass
+
+
+def missing() -> str:
+    """Why nothing can be run here, or nothing."""
+    if sys.platform != "linux" or platform.machine() != "x86_64":
+        return "the Metal emulator runs on Linux on x86-64 only"
+    return "" if shutil.which("clang++") else "no clang++: install clang to run Metal kernels in the emulator (Debian: apt install clang)"
 
 
 def flatten(path: Path, include: Sequence[Path], seen: set[Path]) -> str:
