@@ -1,7 +1,9 @@
 // Written by tools/make_tables.py; do not edit.
 #pragma once
 
+#ifndef __METAL_VERSION__ // it has these types, and not the header
 #include <stdint.h>
+#endif
 
 #ifndef SEQKV_TABLE
 #    define SEQKV_TABLE static const

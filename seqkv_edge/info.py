@@ -14,6 +14,13 @@ from . import __version__, lib_dir, llama, model, profile
 from .engine import devices
 from .errors import SeqkvError
 
+# where the kernels of each backend have run
+BACKENDS = {
+    "CPU": "run on hardware",
+    "CUDA": "run on hardware (H100)",
+    "Metal": "run in emulation only, never on a GPU",
+}
+
 
 def collect() -> dict[str, Any]:
     """Everything `info` prints. Libraries that cannot be loaded are described by "error"."""
@@ -25,6 +32,7 @@ def collect() -> dict[str, Any]:
         "seqkv_edge": __version__,
         "python": platform.python_version(),
         "llama_cpp_python": {"pinned": llama.BINDING_VERSION, "installed": binding},
+        "backends": BACKENDS,
     }
     try:
         result["libraries"] = _libraries()
@@ -102,6 +110,7 @@ def run(args: argparse.Namespace) -> int:
     for device in data.get("devices", []):
         memory = f", {format_size(device['memory_total'])}" if device["memory_total"] else ""
         lines.append(f"device            {device['name']}: {device['description']}{memory}")
+    lines.append("seqkv kernels     " + "; ".join(f"{name}: {state}" for name, state in BACKENDS.items()))
     lines.append(f"profile cache     {data['profile_cache']}")
     store = data["store"]
     lines.append(f"session store     {store['path']}: " + (store.get("error") or f"{store['sessions']} sessions, {format_size(store['bytes'])}"))

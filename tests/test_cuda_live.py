@@ -22,9 +22,15 @@ NAMES = ("llama", "llama-d128", "llama-g7", "qwen3", "gemma2", "sinks")
 
 
 @pytest.fixture(scope="module")
-def gpu(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Models]:
+def backend() -> str:
+    """What names of devices and buffers begin with; tests/test_metal_live.py has another."""
     if not any(d.gpu and d.name.startswith("CUDA") for d in devices()):
         pytest.skip("no NVIDIA GPU, or libraries built without -DGGML_CUDA=ON")
+    return "CUDA"
+
+
+@pytest.fixture(scope="module")
+def gpu(backend: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Models]:
     loaded = Models(tmp_path_factory.mktemp("gpu"), ALL_LAYERS)
     yield loaded
     loaded.close()
@@ -88,7 +94,7 @@ def test_codes_cost_what_they_cost_on_the_cpu(gpu: Models, cpu: Models, name: st
     assert 0.8 <= cost[0] / cost[1] <= 1.25
 
 
-def test_attention_stays_on_the_gpu(gpu: Models) -> None:
+def test_attention_stays_on_the_gpu(gpu: Models, backend: str) -> None:
     """No op of the cache is placed on the CPU when all layers are offloaded."""
     lib = api._lib
     lib.ggml_op_desc.argtypes, lib.ggml_op_desc.restype = [ctypes.c_void_p], ctypes.c_char_p
@@ -107,7 +113,7 @@ def test_attention_stays_on_the_gpu(gpu: Models) -> None:
         with Context(gpu("llama"), Setup(kv="seqkv3"), cb_eval=(look, 0)) as c:
             c.decode(text(n))
     assert set(seen) == {"SEQKV_FRAME", "SEQKV_STORE", "SEQKV_ATTN"}
-    assert all(name.startswith("CUDA") for names in seen.values() for name in names), seen
+    assert all(name.startswith(backend) for names in seen.values() for name in names), seen
 
 
 @pytest.mark.parametrize("n_window", [64, 512])
