@@ -386,8 +386,8 @@ void llama_seqkv::begin_ubatch(const llama_kv_cache_context & mctx) {
     ub.n_kv     = n_kv;
     ub.n_stream = n_stream;
     ub.n_tokens = n_tokens;
-    ub.read_slot.assign(n_stream, std::vector<int32_t>(n_kv, -1));
-    ub.cur_row  .assign(n_stream, std::vector<int32_t>(n_kv, -1));
+    ub.slot_cell.assign(n_stream, std::vector<int32_t>(n_slots, -1));
+    ub.cur_cell .assign(n_stream, std::vector<int32_t>(n_tokens));
     ub.meta     .assign((size_t) n_stream*n_virt, -1);
     ub.win_idxs .assign((size_t) n_stream*n_tokens, -1);
     ub.origins  .clear();
@@ -444,7 +444,7 @@ void llama_seqkv::begin_ubatch(const llama_kv_cache_context & mctx) {
                 st.drop_slot(s);
                 continue;
             }
-            ub.read_slot[i][c] = s;
+            ub.slot_cell[i][s] = c;
             meta[n_kv + s] = meta[c];
             if (!wanted(cells, c)) {
                 st.drop_slot(s);
@@ -453,7 +453,7 @@ void llama_seqkv::begin_ubatch(const llama_kv_cache_context & mctx) {
 
         for (uint32_t t = 0; t < n_tokens; ++t) {
             const uint32_t c = idxs[t];
-            ub.cur_row[i][c] = t;
+            ub.cur_cell[i][t] = c;
             meta[n_kv + n_slots + t] = meta[c];
             if (!wanted(cells, c)) {
                 continue;
@@ -821,36 +821,63 @@ void llm_graph_input_seqkv::set_input(const llama_ubatch * ubatch) {
     }
     sk.rot_origins = ub.origins;
 
-    // mask: of a cell and its exact row, the exact one counts within the window
+    // mask. Rows of cells: those of a sequence's tokens differ only where a cell lies behind the first of these
     const ggml_fp16_t keep = ggml_fp32_to_fp16(0.0f);
     const ggml_fp16_t drop = ggml_fp32_to_fp16(-INFINITY);
+    const auto row_of = [&](uint32_t it) { return (ggml_fp16_t *) mask->data + (size_t) it*n_virt; };
+    struct sequence {
+        llama_pos first;             // of its tokens in the ubatch
+        int64_t   written = -1;      // token whose row is there
+        std::vector<uint32_t> later; // cells behind first
+    };
     for (uint32_t i = 0; i < ub.n_stream; ++i) {
-        const auto & read_slot = ub.read_slot[i];
-        const auto & cur_row   = ub.cur_row[i];
-        for (uint32_t t = 0; t < ub.n_tokens; ++t) {
-            const uint32_t     it  = i*ub.n_tokens + t;
-            const llama_seq_id seq = ubatch->seq_id[it][0];
-            const llama_pos    p1  = ubatch->pos[it];
-            const auto & cells = sk.kv.v_cells[sk.kv.seq_to_stream[seq]];
-
-            ggml_fp16_t * row = (ggml_fp16_t *) mask->data + (size_t) it*n_virt;
-            std::fill(row, row + n_virt, drop);
-            for (uint32_t c = 0; c < ub.n_kv; ++c) {
-                if (cells.is_empty(c) || !cells.seq_has(c, seq)) {
-                    continue;
+        std::unordered_map<llama_seq_id, sequence> sequences;
+        for (uint32_t it = i*ub.n_tokens; it < (i + 1)*ub.n_tokens; ++it) {
+            auto & first = sequences.try_emplace(ubatch->seq_id[it][0], sequence { ubatch->pos[it] }).first->second.first;
+            first = std::min(first, ubatch->pos[it]);
+        }
+        for (uint32_t it = i*ub.n_tokens; it < (i + 1)*ub.n_tokens; ++it) {
+            const llama_seq_id seq   = ubatch->seq_id[it][0];
+            const llama_pos    p1    = ubatch->pos[it];
+            const auto &       cells = sk.kv.v_cells[sk.kv.seq_to_stream[seq]];
+            sequence &         sq    = sequences[seq];
+            ggml_fp16_t *      row   = row_of(it);
+            if (sq.written >= 0) {
+                memcpy(row, row_of(sq.written), ub.n_kv*sizeof(ggml_fp16_t));
+            } else {
+                for (uint32_t c = 0; c < ub.n_kv; ++c) {
+                    const bool seen = !cells.is_empty(c) && cells.seq_has(c, seq);
+                    row[c] = seen ? keep : drop;
+                    if (seen && causal && cells.pos_get(c) > sq.first) {
+                        sq.later.push_back(c);
+                    }
+                }
+                sq.written = it;
+            }
+            for (const uint32_t c : sq.later) {
+                row[c] = cells.pos_get(c) <= p1 ? keep : drop;
+            }
+        }
+        // of a cell and its exact row, the exact one counts within the window, that of this ubatch first
+        for (uint32_t it = i*ub.n_tokens; it < (i + 1)*ub.n_tokens; ++it) {
+            const auto &  cells = sk.kv.v_cells[sk.kv.seq_to_stream[ubatch->seq_id[it][0]]];
+            ggml_fp16_t * row   = row_of(it);
+            const auto exact = [&](int32_t c) {
+                if (c < 0 || row[c] != keep) {
+                    return drop;
                 }
                 const llama_pos p0 = cells.pos_get(c);
-                if (causal && p0 > p1) {
-                    continue;
+                if (!sk.is_sink(p0) && std::abs(ubatch->pos[it] - p0) >= sk.n_window) {
+                    return drop;
                 }
-                const bool exact = sk.is_sink(p0) || std::abs(p1 - p0) < sk.n_window;
-                if (exact && cur_row[c] >= 0) {
-                    row[ub.n_kv + sk.n_slots + cur_row[c]] = keep;
-                } else if (exact && read_slot[c] >= 0) {
-                    row[ub.n_kv + read_slot[c]] = keep;
-                } else {
-                    row[c] = keep;
-                }
+                row[c] = drop;
+                return keep;
+            };
+            for (uint32_t t = 0; t < ub.n_tokens; ++t) {
+                row[ub.n_kv + sk.n_slots + t] = exact(ub.cur_cell[i][t]);
+            }
+            for (uint32_t s = 0; s < sk.n_slots; ++s) {
+                row[ub.n_kv + s] = exact(ub.slot_cell[i][s]);
             }
         }
     }

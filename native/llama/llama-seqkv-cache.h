@@ -149,8 +149,8 @@ private:
     // the current ubatch
     struct {
         uint32_t n_kv = 0, n_stream = 1, n_tokens = 0; // tokens per stream
-        std::vector<std::vector<int32_t>>  read_slot;  // per stream of the ubatch: slot of a cell before this ubatch, -1: none
-        std::vector<std::vector<int32_t>>  cur_row;    // per stream: row of a cell in this ubatch, -1: none
+        std::vector<std::vector<int32_t>>  slot_cell;  // per stream of the ubatch: cell of a slot before this ubatch, -1: none
+        std::vector<std::vector<int32_t>>  cur_cell;   // per stream: cell of a token
         std::vector<int32_t> meta;                     // (n_stream, n_virt)
         std::vector<int64_t> win_idxs;                 // (n_stream*n_tokens)
         std::vector<int32_t> origins;                  // of the rows of rot from 64 on
