@@ -11,7 +11,7 @@
 //     rot      F32 [n_rot, 64 + n_frames, n_sets]  rotation rows R(p) as in seqkv.h: rows 0..63 by the offsets, then by the frame origins.
 //                                                  One set for each distinct set of RoPE frequencies in the model.
 //     meta     I32 [n_virt, n_stream]              row of rot with the origin << 8 | offset; -1: an empty row
-//     mask     F16 [n_virt, n_tokens/n_stream, 1, n_stream]  0 or -inf
+//     mask     F16 [>= n_virt, n_tokens/n_stream, 1, n_stream]  0 or -inf; behind n_virt -inf
 // Constant of a layer:
 //     prof     F16 [n_head_kv*ggml_seqkv_prof_stride]  tables of the profile, see there; NULL: no profile
 //

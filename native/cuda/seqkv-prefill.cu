@@ -310,12 +310,15 @@ void seqkv_prefill(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
 
     ggml_cuda_pool_alloc<half>  k   (ctx.pool(), n_heads*head);
     ggml_cuda_pool_alloc<half>  v   (ctx.pool(), n_heads*head);
-    ggml_cuda_pool_alloc<half>  mask(ctx.pool(), n_tokens*n_rows);
+    ggml_cuda_pool_alloc<half>  mask(ctx.pool());
     ggml_cuda_pool_alloc<float> out (ctx.pool());
+    if (dst->src[3]->ne[0] < n_rows) {
+        mask.alloc(n_tokens*n_rows);
+        pad_mask_kernel<<<dim3((n_rows + 255)/256, a.n_tokens, a.n_stream), 256, 0, stream>>>(a.mask, a.mask_nb1, a.mask_nb3, a.n_virt, mask.get(), n_rows);
+    }
     if (n_heads < a.p.n_head_kv) {
         out.alloc(n_tokens*n_heads*a.group*a.p.dv);
     }
-    pad_mask_kernel<<<dim3((n_rows + 255)/256, a.n_tokens, a.n_stream), 256, 0, stream>>>(a.mask, a.mask_nb1, a.mask_nb3, a.n_virt, mask.get(), n_rows);
 
     for (int h0 = 0; h0 < a.p.n_head_kv; h0 += n_heads) {
         const int n = std::min(n_heads, a.p.n_head_kv - h0);
@@ -324,7 +327,10 @@ void seqkv_prefill(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
             case 128: expand<128>(a, h0, n, n_rows, k.get(), v.get(), stream); break;
             default:  expand<256>(a, h0, n, n_rows, k.get(), v.get(), stream); break;
         }
-        expanded_op op(dst, h0, n, n_rows, k.get(), v.get(), mask.get(), out.ptr ? out.get() : a.dst);
+        expanded_op op(dst, h0, n, n_rows, k.get(), v.get(), mask.ptr ? mask.get() : (void *) a.mask, out.ptr ? out.get() : a.dst);
+        if (!mask.ptr) {
+            memcpy(op.mask.nb, dst->src[3]->nb, sizeof(op.mask.nb));
+        }
         ggml_cuda_flash_attn_ext(ctx, &op.dst);
         if (out.ptr) {
             scatter_kernel<<<n_tokens, 256, 0, stream>>>((const float4 *) out.get(), (float4 *) a.dst,

@@ -3,6 +3,7 @@
 // The encoder is the one of encode.h: for each group of values three candidate gains, for each of these the Viterbi search. A
 // warp codes one group: lane 8*c + s holds state s of candidate c and carries its path, so that nothing has to be traced back.
 #include "seqkv-common.cuh"
+#include "seqkv-mma.cuh"
 
 #include "../../ggml-cuda/cpy-utils.cuh"
 
@@ -259,27 +260,23 @@ static __device__ void encode_head(int bits, int graded, const encode_tables & t
     }
 }
 
-// d values of z (shared memory) -> blocks of another type
-static __device__ void write_other(ggml_type type, const float * z, int d, char * dst) {
-    const int i = threadIdx.x;
-    switch (type) {
-        case GGML_TYPE_F32:  for (int j = i; j < d; j += blockDim.x) { ((float *) dst)[j] = z[j]; }                        return;
-        case GGML_TYPE_F16:  for (int j = i; j < d; j += blockDim.x) { ((half *) dst)[j] = __float2half(z[j]); }           return;
-        case GGML_TYPE_BF16: for (int j = i; j < d; j += blockDim.x) { ((nv_bfloat16 *) dst)[j] = __float2bfloat16(z[j]); } return;
-        default: break;
-    }
-    if (i >= d/32) {
-        return;
-    }
-    const float * x = z + 32*i;
-    switch (type) {
-        case GGML_TYPE_Q4_0:   quantize_f32_q4_0_block  (x, (block_q4_0   *) dst + i); break;
-        case GGML_TYPE_Q4_1:   quantize_f32_q4_1_block  (x, (block_q4_1   *) dst + i); break;
-        case GGML_TYPE_Q5_0:   quantize_f32_q5_0_block  (x, (block_q5_0   *) dst + i); break;
-        case GGML_TYPE_Q5_1:   quantize_f32_q5_1_block  (x, (block_q5_1   *) dst + i); break;
-        case GGML_TYPE_Q8_0:   quantize_f32_q8_0_block  (x, (block_q8_0   *) dst + i); break;
-        case GGML_TYPE_IQ4_NL: quantize_f32_iq4_nl_block(x, (block_iq4_nl *) dst + i); break;
-        default: break;
+// d values of z (shared memory) -> blocks of another type, by n threads of which this is number i
+static __device__ void write_other(ggml_type type, const float * z, int d, char * dst, int i, int n) {
+    const bool values = type == GGML_TYPE_F32 || type == GGML_TYPE_F16 || type == GGML_TYPE_BF16;
+    for (int j = i; j < (values ? d : d/32); j += n) {
+        const float * x = z + 32*j;
+        switch (type) {
+            case GGML_TYPE_F32:    ((float       *) dst)[j] = z[j];                   break;
+            case GGML_TYPE_F16:    ((half        *) dst)[j] = __float2half(z[j]);     break;
+            case GGML_TYPE_BF16:   ((nv_bfloat16 *) dst)[j] = __float2bfloat16(z[j]); break;
+            case GGML_TYPE_Q4_0:   quantize_f32_q4_0_block  (x, (block_q4_0   *) dst + j); break;
+            case GGML_TYPE_Q4_1:   quantize_f32_q4_1_block  (x, (block_q4_1   *) dst + j); break;
+            case GGML_TYPE_Q5_0:   quantize_f32_q5_0_block  (x, (block_q5_0   *) dst + j); break;
+            case GGML_TYPE_Q5_1:   quantize_f32_q5_1_block  (x, (block_q5_1   *) dst + j); break;
+            case GGML_TYPE_Q8_0:   quantize_f32_q8_0_block  (x, (block_q8_0   *) dst + j); break;
+            case GGML_TYPE_IQ4_NL: quantize_f32_iq4_nl_block(x, (block_iq4_nl *) dst + j); break;
+            default: break;
+        }
     }
 }
 
@@ -378,7 +375,7 @@ static __device__ void store_head(const store_part & a, int h, int32_t offset, f
     if (a.bits) {
         encode_head(a.bits, a.graded, tables, x, D, scratch, (uint8_t *) out);
     } else {
-        write_other(a.type, x, D, out);
+        write_other(a.type, x, D, out, threadIdx.x, blockDim.x);
     }
 }
 
@@ -413,7 +410,7 @@ static __global__ void __launch_bounds__(STORE_WARPS*WARP_SIZE) seqkv_store_kern
 // FRAME and both its STOREs. blockIdx: (token, KV head, key or value)
 template <int D>
 static __global__ void __launch_bounds__(STORE_WARPS*WARP_SIZE) seqkv_write_kernel(store_part part_k, store_part part_v, const char * k, const char * v, half * rows,
-        seqkv_meta meta, seqkv_rot rot, ggml_seqkv_params p, int64_t k_nb1, int64_t k_nb2, int64_t v_nb1, int64_t v_nb2) {
+        seqkv_meta meta, seqkv_rot rot, ggml_seqkv_params p, int64_t k_nb1, int64_t k_nb2, int64_t v_nb1, int64_t v_nb2, int /* n_tokens */) {
     __shared__ float x[D], z[D];
     __shared__ encode_scratch scratch[STORE_WARPS];
     __shared__ encode_tables  tables;
@@ -444,6 +441,344 @@ static __global__ void __launch_bounds__(STORE_WARPS*WARP_SIZE) seqkv_write_kern
     }
 }
 
+//
+// cells of many tokens
+//
+
+static constexpr int TILE_THREADS = 192; // a thread a candidate gain of a block
+static constexpr int TILE_BLOCKS  = 64;
+
+// Tokens of a tile have 64 blocks of 64 values together. item: token + TOKENS*block of its head
+template <int D> struct store_tile {
+    static constexpr int NB = D/SEQKV_BLOCK, TOKENS = TILE_BLOCKS/NB, LDX = D + 8, LDZ = D + 1;
+    __align__(16) half x[TOKENS*LDX]; // frame rows, for the tensor cores
+    float    z[TOKENS*LDZ];
+    uint32_t nearest[3][512];
+    uint8_t  index[3][256];           // level, as a byte -> place in its subset
+    float    error[3][3][TILE_BLOCKS]; // (group, candidate, item)
+    uint8_t  gain [3][3][TILE_BLOCKS];
+    uint64_t path [3][TILE_BLOCKS];   // (candidate, item): bit i is that of value i
+    uint8_t  out[TILE_BLOCKS*sizeof(block_seqkv4k)];
+
+    __device__ __forceinline__ void load_tables(int bits, int graded) {
+        for (int k = 0; k < (graded ? 3 : 1); ++k) {
+            const int B = seqkv_value_bits(bits, graded, k);
+            for (int i = threadIdx.x; i < 512 && B > 0; i += TILE_THREADS) {
+                nearest[k][i] = nearest_table(B)[i];
+            }
+            for (int i = threadIdx.x; i < 2 << B && B > 0; i += TILE_THREADS) {
+                index[k][(uint8_t) seqkv_level_table(B)[i]] = (uint8_t) (i >> 2);
+            }
+        }
+    }
+};
+
+SEQKV_FN int group_begin(int graded, int k) { return !graded ? 64*k : k < 2 ? 16*k : 32*(k - 1); } // k = 3: the end of a graded block
+
+// Steps [0, n) of the search, n <= 32, the second half of 64 or not. All 8 states are in registers.
+template <bool SECOND>
+SEQKV_FN void search_steps(const uint32_t * nearest, const float * z, int n, float inv, float (&cost)[8], uint32_t (&lo)[8], uint32_t (&hi)[8]) {
+#pragma unroll 4
+    for (int i = 0; i < n; ++i) {
+        const float    t = clamped_level(z[i], inv);
+        const uint32_t l = nearest_levels(nearest, t);
+        float e[4];
+#pragma unroll
+        for (int d = 0; d < 4; ++d) {
+            e[d] = branch_error(l, d, t);
+        }
+        float    next[8];
+        uint32_t next_lo[8], next_hi[8];
+#pragma unroll
+        for (int s = 0; s < 8; ++s) { // encode.h, SEQKV_STEP
+            const int   d0 = (s >> 2 & 1) | ((s ^ s >> 1) & 1) << 1;
+            const float a = cost[s >> 1] + e[d0], b = cost[s >> 1 | 4] + e[d0 ^ 2];
+            const bool  older = b < a;
+            next[s]    = older ? b : a;
+            next_lo[s] = older ? lo[s >> 1 | 4] : lo[s >> 1];
+            next_hi[s] = SECOND ? (older ? hi[s >> 1 | 4] : hi[s >> 1]) : 0;
+            if (s & 1) {
+                (SECOND ? next_hi : next_lo)[s] |= 1u << i;
+            }
+        }
+#pragma unroll
+        for (int s = 0; s < 8; ++s) {
+            cost[s] = next[s];
+            lo[s]   = next_lo[s];
+            hi[s]   = next_hi[s];
+        }
+    }
+}
+
+// This thread's candidate for all groups of its block
+template <int D>
+SEQKV_FN void search_block(store_tile<D> & sm, int bits, int graded, int item, int cand) {
+    const float * gain  = graded ? seqkv_gain_graded : seqkv_gain;
+    const float   steps = graded ? SEQKV_GRADED_STEPS : SEQKV_GAIN_STEPS;
+    const int     bias  = graded ? SEQKV_GRADED_BIAS  : SEQKV_GAIN_BIAS;
+    const int     top   = graded ? 31 : 255;
+    uint64_t path = 0;
+#pragma unroll 1
+    for (int k = 0; k < (graded ? 3 : 1); ++k) {
+        const int B = seqkv_value_bits(bits, graded, k), i0 = group_begin(graded, k), n = group_begin(graded, k + 1) - i0;
+        const float * z = sm.z + item%sm.TOKENS*sm.LDZ + item/sm.TOKENS*SEQKV_BLOCK + i0;
+        float energy = 0.0f;
+#pragma unroll 8
+        for (int i = 0; i < n; ++i) {
+            energy += z[i]*z[i];
+        }
+        int   g   = 0;
+        float err = energy; // of zeros
+        if (B > 0 && energy >= 1e-30f) {
+            const int first = (int) floorf(0.5f*steps*log2f(energy/n)) + bias;
+            g = max(1, min(top, first + (cand == 0 ? 0 : cand == 1 ? 1 : -1)));
+            const float s   = gain[g]*seqkv_scale[B]*seqkv_shrink[B];
+            const float inv = __frcp_rn(s);
+            float    cost[8];
+            uint32_t lo[8], hi[8];
+#pragma unroll
+            for (int j = 0; j < 8; ++j) {
+                cost[j] = j == 0 ? 0.0f : 1e30f;
+                lo[j] = hi[j] = 0;
+            }
+            search_steps<false>(sm.nearest[k], z, min(32, n), inv, cost, lo, hi);
+            if (n > 32) {
+                search_steps<true>(sm.nearest[k], z + 32, n - 32, inv, cost, lo, hi);
+            }
+#pragma unroll
+            for (int j = 1; j < 8; ++j) {
+                if (cost[j] < cost[0]) {
+                    cost[0] = cost[j];
+                    lo[0]   = lo[j];
+                    hi[0]   = hi[j];
+                }
+            }
+            const float e = cost[0]*(s*s);
+            if (e < energy) {
+                err   = e;
+                path |= ((uint64_t) hi[0] << 32 | lo[0]) << i0;
+            } else {
+                g = 0;
+            }
+        }
+        sm.error[k][cand][item] = err;
+        sm.gain [k][cand][item] = (uint8_t) g;
+    }
+    sm.path[cand][item] = path;
+}
+
+// The best candidates -> bytes of 32 values of a block, and its gains if they are the first 32
+template <int D>
+SEQKV_FN void write_half(store_tile<D> & sm, int bits, int graded, int item, int half) {
+    int best[3] = { 0 }, gains[3] = { 0 };
+    uint64_t u = 0;
+    for (int k = 0; k < (graded ? 3 : 1); ++k) {
+        for (int c = 1; c < 3; ++c) {
+            best[k] = sm.error[k][c][item] < sm.error[k][best[k]][item] ? c : best[k];
+        }
+        gains[k] = sm.gain[k][best[k]][item];
+        const int begin = group_begin(graded, k), end = group_begin(graded, k + 1);
+        u |= sm.path[best[k]][item] & (~0ull >> (64 - (end - begin)) << begin);
+    }
+    // index bits 0 and 1 as in seqkv_index_planes
+    const uint64_t start = graded ? 0x0000000100010001u : 1;
+    const uint64_t m1 = ~start, m2 = m1 & ~(start << 1), m3 = m2 & ~(start << 2);
+    const uint32_t q0 = (u << 2 & m2) >> 32*half, q1 = (u ^ (u << 1 & m1) ^ (u << 3 & m3)) >> 32*half;
+    uint32_t w[6] = { (uint32_t) (u >> 32*half), 0, 0, 0, 0, 0 };
+    const float * z = sm.z + item%sm.TOKENS*sm.LDZ + item/sm.TOKENS*SEQKV_BLOCK + 32*half;
+    for (int part = 0; part < 2; ++part) {
+        const int k = !graded ? 0 : half ? 2 : part;
+        if (gains[k] == 0) {
+            continue;
+        }
+        const int   B   = seqkv_value_bits(bits, graded, k);
+        const float inv = __frcp_rn((graded ? seqkv_gain_graded : seqkv_gain)[gains[k]]*seqkv_scale[B]*seqkv_shrink[B]);
+#pragma unroll 4
+        for (int i = 16*part; i < 16*part + 16; ++i) {
+            const uint32_t l    = nearest_levels(sm.nearest[k], clamped_level(z[i], inv));
+            const uint32_t code = sm.index[k][l >> 8*((q0 >> i & 1) | (q1 >> i & 1) << 1) & 255];
+#pragma unroll
+            for (int j = 1; j < 6; ++j) {
+                w[j] |= (code >> (j - 1) & 1) << i;
+            }
+        }
+    }
+    const int size = seqkv_block_bytes(bits, graded);
+    uint8_t * out = sm.out + (item%sm.TOKENS*sm.NB + item/sm.TOKENS)*size;
+    if (half == 0) {
+        const int g = gains[0] | gains[1] << 5 | gains[2] << 10;
+        out[0] = (uint8_t) g;
+        if (graded) {
+            out[1] = (uint8_t) (g >> 8);
+        }
+    }
+    out += 1 + graded;
+#pragma unroll
+    for (int j = 0; j < 6; ++j) {
+        const int values = seqkv_plane_values(bits, graded, j);
+        for (int b = 0; b < min(32, values - 32*half)/8; ++b) {
+            out[4*half + b] = (uint8_t) (w[j] >> 8*b);
+        }
+        out += values/8;
+    }
+}
+
+// z of a tile's tokens <- E x - pred, on tensor cores. at: meta of the tokens, -1: none
+template <int D>
+SEQKV_FN void transform_tile(store_tile<D> & sm, const half * enc, const half * pred, const int32_t * at) {
+    constexpr int MT = store_tile<D>::TOKENS/16, LDX = store_tile<D>::LDX, LDZ = store_tile<D>::LDZ;
+    const int warp = threadIdx.x/WARP_SIZE, lane = threadIdx.x%WARP_SIZE, g = lane/4, t = lane%4;
+    for (int n = 8*warp; n < D; n += 8*(TILE_THREADS/WARP_SIZE)) {
+        float acc[MT][4] = {{ 0.0f }};
+#pragma unroll
+        for (int k = 0; k < D; k += 16) {
+            const half * e = enc + (n + g)*D + k + 2*t;
+            const uint32_t b0 = *(const uint32_t *) e, b1 = *(const uint32_t *) (e + 8);
+#pragma unroll
+            for (int m = 0; m < MT; ++m) {
+                uint32_t x[4];
+                load_a(x, sm.x + (16*m + lane%16)*LDX + k + lane/16*8);
+                mma_f16(acc[m], x, b0, b1);
+            }
+        }
+#pragma unroll
+        for (int m = 0; m < MT; ++m) {
+#pragma unroll
+            for (int e = 0; e < 4; ++e) {
+                const int r = 16*m + g + e/2*8, i = n + 2*t + e%2;
+                sm.z[r*LDZ + i] = at[r] < 0 ? 0.0f : acc[m][e] - __half2float(pred[(at[r] & 255)*D + i]);
+            }
+        }
+    }
+}
+
+// The same as the kernels above for a tile of tokens. FUSED: FRAME as well, from k and v; else the frame rows are there.
+// blockIdx: (tile, KV head, part)
+template <int D, bool FUSED>
+static __global__ void __launch_bounds__(TILE_THREADS) seqkv_write_tile_kernel(store_part part0, store_part part1, const char * k, const char * v, half * rows,
+        seqkv_meta meta, seqkv_rot rot, ggml_seqkv_params p, int64_t k_nb1, int64_t k_nb2, int64_t v_nb1, int64_t v_nb2, int n_tokens) {
+    constexpr int TOKENS = store_tile<D>::TOKENS, LDX = store_tile<D>::LDX, LDZ = store_tile<D>::LDZ, J = D/WARP_SIZE, WARPS = TILE_THREADS/WARP_SIZE;
+    __shared__ store_tile<D> sm;
+    __shared__ int64_t cell[TOKENS];
+    __shared__ int32_t at[TOKENS]; // meta, -1: not stored
+
+    const int t0 = blockIdx.x*TOKENS, h = blockIdx.y;
+    const int warp = threadIdx.x/WARP_SIZE, lane = threadIdx.x%WARP_SIZE;
+    const store_part & part = blockIdx.z == 0 ? part0 : part1;
+    if (part.bits) {
+        sm.load_tables(part.bits, part.graded);
+    }
+    if (FUSED) {
+        ggml_cuda_pdl_sync();
+        ggml_cuda_pdl_lc();
+    }
+    for (int r = threadIdx.x; r < TOKENS; r += TILE_THREADS) {
+        cell[r] = t0 + r < n_tokens ? part.idxs[t0 + r] : -1;
+        at[r]   = cell[r] < 0 ? -1 : meta.token(t0 + r);
+    }
+
+    float v_scale[J], v_mean[J];
+    const bool normalized = part.form == SEQKV_HADAMARD && part.bits && !part.is_key && part.tables.prof;
+#pragma unroll
+    for (int j = 0; j < J; ++j) {
+        v_scale[j] = normalized ? __half2float(part.tables.v_scale(h)[WARP_SIZE*j + lane]) : 1.0f;
+        v_mean [j] = normalized ? __half2float(part.tables.v_mean (h)[WARP_SIZE*j + lane]) : 0.0f;
+    }
+#pragma unroll 2
+    for (int r = warp; r < TOKENS; r += WARPS) { // a warp a token: value 32*j + lane
+        const int t = min(t0 + r, n_tokens - 1);
+        half * row = rows + (int64_t) t*p.n_head_kv*(p.dk + p.dv) + (part.is_key ? 0 : p.n_head_kv*p.dk) + h*D;
+        float x[J];
+        if (FUSED) {
+            const float * src = (const float *) (part.is_key ? k + h*k_nb1 + t*k_nb2 : v + h*v_nb1 + t*v_nb2);
+            const float * cs  = rot.origin(meta.token(t));
+#pragma unroll
+            for (int j = 0; j < J; ++j) {
+                const int  i = WARP_SIZE*j + lane;
+                const half y = __float2half(part.is_key ? seqkv_rotated(src, i, cs, p.n_rot, p.neox, 1) : src[i]);
+                if (t0 + r < n_tokens) {
+                    row[i] = y;
+                }
+                x[j] = __half2float(y);
+            }
+        } else {
+#pragma unroll
+            for (int j = 0; j < J; ++j) {
+                x[j] = __half2float(row[WARP_SIZE*j + lane]);
+            }
+        }
+        if (part.form == SEQKV_DENSE) {
+#pragma unroll
+            for (int j = 0; j < J; ++j) {
+                sm.x[r*LDX + WARP_SIZE*j + lane] = __float2half(x[j]);
+            }
+            continue;
+        }
+        if (part.form == SEQKV_HADAMARD) {
+#pragma unroll
+            for (int j = 0; j < J; ++j) {
+                x[j] = rsqrtf((float) D)*v_scale[j]*(x[j] - v_mean[j]);
+            }
+#pragma unroll
+            for (int m = 1; m < WARP_SIZE; m *= 2) {
+#pragma unroll
+                for (int j = 0; j < J; ++j) {
+                    const float other = __shfl_xor_sync(0xffffffff, x[j], m);
+                    x[j] = lane & m ? other - x[j] : x[j] + other;
+                }
+            }
+#pragma unroll
+            for (int m = 1; m < J; m *= 2) {
+#pragma unroll
+                for (int j = 0; j < J; ++j) {
+                    if (!(j & m)) {
+                        const float a = x[j], b = x[j | m];
+                        x[j]     = a + b;
+                        x[j | m] = a - b;
+                    }
+                }
+            }
+        }
+#pragma unroll
+        for (int j = 0; j < J; ++j) {
+            sm.z[r*LDZ + WARP_SIZE*j + lane] = x[j];
+        }
+    }
+    __syncthreads();
+    if (part.form == SEQKV_DENSE) {
+        transform_tile<D>(sm, part.tables.enc(h), part.tables.pred(h), at);
+        __syncthreads();
+    }
+
+    if (!part.bits) {
+        for (int r = warp; r < TOKENS; r += WARPS) {
+            if (cell[r] >= 0) {
+                write_other(part.type, sm.z + r*LDZ, D, part.dst + cell[r]*part.nb1 + h*part.head_size, lane, WARP_SIZE);
+            }
+        }
+        return;
+    }
+    for (int i = threadIdx.x; i < TOKENS*D; i += TILE_THREADS) {
+        float & z = sm.z[i/D*LDZ + i%D];
+        z = fmaxf(-1e15f, fminf(1e15f, isfinite(z) ? z : 0.0f));
+    }
+    __syncthreads();
+    search_block<D>(sm, part.bits, part.graded, warp/3*WARP_SIZE + lane, warp%3);
+    __syncthreads();
+    if (threadIdx.x < 2*TILE_BLOCKS) {
+        write_half<D>(sm, part.bits, part.graded, threadIdx.x%TILE_BLOCKS, threadIdx.x/TILE_BLOCKS);
+    }
+    __syncthreads();
+    for (int r = warp; r < TOKENS; r += WARPS) {
+        if (cell[r] >= 0) {
+            char * dst = part.dst + cell[r]*part.nb1 + h*part.head_size;
+            for (int i = lane; i < part.head_size; i += WARP_SIZE) {
+                dst[i] = (char) sm.out[r*part.head_size + i];
+            }
+        }
+    }
+}
+
 static __global__ void seqkv_store_row_kernel(char * dst, const half * cur, const int64_t * idxs, int width, int64_t nb1) {
     const int64_t cell = idxs[blockIdx.x];
     if (cell < 0) {
@@ -460,14 +795,21 @@ static __global__ void seqkv_store_row_kernel(char * dst, const half * cur, cons
 static void store_parts(const ggml_tensor * part0, const ggml_tensor * part1, int n, cudaStream_t stream) {
     const ggml_seqkv_params p = seqkv_params(part0);
     const ggml_tensor * cur = part0->src[0];
-    const auto launch = [&](auto kernel) {
-        kernel<<<dim3(cur->ne[1], p.n_head_kv, n), STORE_WARPS*WARP_SIZE, 0, stream>>>(
-            store_part_of(part0), store_part_of(part1), (const half *) cur->data, seqkv_meta_of(part0->src[3], p), p);
+    const auto launch = [&](auto kernel, auto tile_kernel, int tile) {
+        const int n_tokens = (int) cur->ne[1];
+        const seqkv_meta meta = seqkv_meta_of(part0->src[3], p);
+        if (n_tokens <= SEQKV_MAX_DECODE) {
+            kernel<<<dim3(n_tokens, p.n_head_kv, n), STORE_WARPS*WARP_SIZE, 0, stream>>>(
+                store_part_of(part0), store_part_of(part1), (const half *) cur->data, meta, p);
+        } else {
+            tile_kernel<<<dim3((n_tokens + tile - 1)/tile, p.n_head_kv, n), TILE_THREADS, 0, stream>>>(
+                store_part_of(part0), store_part_of(part1), nullptr, nullptr, (half *) cur->data, meta, seqkv_rot(), p, 0, 0, 0, 0, n_tokens);
+        }
     };
     switch (p.part == GGML_SEQKV_KEY ? p.dk : p.dv) {
-        case 64:  launch(seqkv_store_kernel< 64>); break;
-        case 128: launch(seqkv_store_kernel<128>); break;
-        default:  launch(seqkv_store_kernel<256>); break;
+        case 64:  launch(seqkv_store_kernel< 64>, seqkv_write_tile_kernel< 64, false>, store_tile< 64>::TOKENS); break;
+        case 128: launch(seqkv_store_kernel<128>, seqkv_write_tile_kernel<128, false>, store_tile<128>::TOKENS); break;
+        default:  launch(seqkv_store_kernel<256>, seqkv_write_tile_kernel<256, false>, store_tile<256>::TOKENS); break;
     }
 }
 
@@ -579,16 +921,24 @@ static int fuse_write(ggml_backend_cuda_context & ctx, const ggml_cgraph * graph
     }
     const ggml_tensor * k = frame->src[0];
     const ggml_tensor * v = frame->src[1];
-    const auto launch = [&](auto kernel) {
-        ggml_cuda_kernel_launch(kernel, ggml_cuda_kernel_launch_params(dim3(frame->ne[1], p.n_head_kv, 2), dim3(STORE_WARPS*WARP_SIZE), 0, ctx.stream()),
+    const auto launch = [&](auto kernel, int tokens, int threads) {
+        const int n_tokens = (int) frame->ne[1];
+        ggml_cuda_kernel_launch(kernel, ggml_cuda_kernel_launch_params(dim3((n_tokens + tokens - 1)/tokens, p.n_head_kv, 2), dim3(threads), 0, ctx.stream()),
             store_part_of(parts[0]), store_part_of(parts[1]), (const char *) k->data, (const char *) v->data, (half *) frame->data,
             seqkv_meta_of(frame->src[2], p), seqkv_rot_of(frame->src[3], p), p,
-            (int64_t) k->nb[1], (int64_t) k->nb[2], (int64_t) v->nb[1], (int64_t) v->nb[2]);
+            (int64_t) k->nb[1], (int64_t) k->nb[2], (int64_t) v->nb[1], (int64_t) v->nb[2], n_tokens);
+    };
+    const auto launch_either = [&](auto kernel, auto tile_kernel, int tile) {
+        if (frame->ne[1] <= SEQKV_MAX_DECODE) {
+            launch(kernel, 1, STORE_WARPS*WARP_SIZE);
+        } else {
+            launch(tile_kernel, tile, TILE_THREADS);
+        }
     };
     switch (p.dk) {
-        case 64:  launch(seqkv_write_kernel< 64>); break;
-        case 128: launch(seqkv_write_kernel<128>); break;
-        default:  launch(seqkv_write_kernel<256>); break;
+        case 64:  launch_either(seqkv_write_kernel< 64>, seqkv_write_tile_kernel< 64, true>, store_tile< 64>::TOKENS); break;
+        case 128: launch_either(seqkv_write_kernel<128>, seqkv_write_tile_kernel<128, true>, store_tile<128>::TOKENS); break;
+        default:  launch_either(seqkv_write_kernel<256>, seqkv_write_tile_kernel<256, true>, store_tile<256>::TOKENS); break;
     }
     return last - i;
 }

@@ -736,6 +736,8 @@ uint32_t llm_graph_input_seqkv::n_frames(const llama_seqkv & seqkv, const llama_
     return mctx->ubatches.empty() ? in_order : std::max<uint32_t>(in_order, GGML_PAD(seqkv.ub.origins.size(), 64));
 }
 
+static constexpr int64_t MASK_PAD = 256; // rows of a mask that attention over expanded rows on a GPU takes as they are
+
 llm_graph_input_seqkv * llm_graph_input_seqkv::build(ggml_context * ctx, llm_graph_result * res, const llama_kv_cache_context * mctx,
         get_mctx_t get_mctx, const llama_ubatch & ubatch, const llama_cparams & cparams) {
     llama_seqkv * seqkv = mctx->kv->seqkv.get();
@@ -759,7 +761,7 @@ llm_graph_input_seqkv * llm_graph_input_seqkv::build(ggml_context * ctx, llm_gra
 
     inp->rot      = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, seqkv->n_rot_max, SEQKV_FRAME + n_frames(*seqkv, mctx), seqkv->rope_sets.size());
     inp->meta     = ggml_new_tensor_2d(ctx, GGML_TYPE_I32, n_virt, n_stream);
-    inp->mask     = ggml_new_tensor_4d(ctx, GGML_TYPE_F16, n_virt, n_tokens, 1, n_stream);
+    inp->mask     = ggml_new_tensor_4d(ctx, GGML_TYPE_F16, GGML_PAD(n_virt, MASK_PAD), n_tokens, 1, n_stream);
     inp->win_idxs = ggml_new_tensor_1d(ctx, GGML_TYPE_I64, ubatch.n_tokens);
     for (auto [t, name] : { std::make_pair(inp->rot, "seqkv_rot"), { inp->meta, "seqkv_meta" }, { inp->mask, "seqkv_mask" }, { inp->win_idxs, "seqkv_win_idxs" } }) {
         ggml_set_input(t);
@@ -776,7 +778,7 @@ bool llm_graph_input_seqkv::can_reuse(const llm_graph_params & params) {
     const int64_t n_stream = sinfo.s1 - sinfo.s0 + 1;
     const int64_t n_tokens = params.ubatch.n_tokens/n_stream;
 
-    return mask->ne[0] == mctx->n_kv + seqkv().n_slots + n_tokens && mask->ne[1] == n_tokens && mask->ne[3] == n_stream &&
+    return meta->ne[0] == mctx->n_kv + seqkv().n_slots + n_tokens && mask->ne[1] == n_tokens && mask->ne[3] == n_stream &&
         win_idxs->ne[0] == params.ubatch.n_tokens && rot->ne[1] >= (int64_t) (SEQKV_FRAME + seqkv().ub.origins.size()) &&
         causal == params.cparams.causal_attn && stored_before == seqkv().ub.stored_before;
 }
@@ -794,7 +796,7 @@ void llm_graph_input_seqkv::set_input(const llama_ubatch * ubatch) {
     }
 
     const uint32_t n_virt = ub.n_kv + sk.n_slots + ub.n_tokens;
-    GGML_ASSERT(mask->ne[0] == n_virt && meta->ne[1] == ub.n_stream && ubatch->n_tokens == ub.n_stream*ub.n_tokens);
+    GGML_ASSERT(meta->ne[0] == n_virt && meta->ne[1] == ub.n_stream && ubatch->n_tokens == ub.n_stream*ub.n_tokens);
 
     memcpy(meta->data,     ub.meta.data(),     ggml_nbytes(meta));
     memcpy(win_idxs->data, ub.win_idxs.data(), ggml_nbytes(win_idxs));
@@ -821,19 +823,18 @@ void llm_graph_input_seqkv::set_input(const llama_ubatch * ubatch) {
     }
     sk.rot_origins = ub.origins;
 
-    // mask. Rows of cells: those of a sequence's tokens differ only where a cell lies behind the first of these
+    // mask. Rows of a sequence's tokens differ in the cells behind the first of these, and in the exact ones
     const ggml_fp16_t keep = ggml_fp32_to_fp16(0.0f);
     const ggml_fp16_t drop = ggml_fp32_to_fp16(-INFINITY);
-    const auto row_of = [&](uint32_t it) { return (ggml_fp16_t *) mask->data + (size_t) it*n_virt; };
     struct sequence {
-        llama_pos first;             // of its tokens in the ubatch
-        int64_t   written = -1;      // token whose row is there
-        std::vector<uint32_t> later; // cells behind first
+        llama_pos first;               // of its tokens in the ubatch
+        std::vector<ggml_fp16_t> base; // the row of cells of that token
+        std::vector<uint32_t>    rest; // cells behind it
     };
     for (uint32_t i = 0; i < ub.n_stream; ++i) {
         std::unordered_map<llama_seq_id, sequence> sequences;
         for (uint32_t it = i*ub.n_tokens; it < (i + 1)*ub.n_tokens; ++it) {
-            auto & first = sequences.try_emplace(ubatch->seq_id[it][0], sequence { ubatch->pos[it] }).first->second.first;
+            auto & first = sequences.try_emplace(ubatch->seq_id[it][0], sequence { ubatch->pos[it], {}, {} }).first->second.first;
             first = std::min(first, ubatch->pos[it]);
         }
         for (uint32_t it = i*ub.n_tokens; it < (i + 1)*ub.n_tokens; ++it) {
@@ -841,33 +842,31 @@ void llm_graph_input_seqkv::set_input(const llama_ubatch * ubatch) {
             const llama_pos    p1    = ubatch->pos[it];
             const auto &       cells = sk.kv.v_cells[sk.kv.seq_to_stream[seq]];
             sequence &         sq    = sequences[seq];
-            ggml_fp16_t *      row   = row_of(it);
-            if (sq.written >= 0) {
-                memcpy(row, row_of(sq.written), ub.n_kv*sizeof(ggml_fp16_t));
-            } else {
+            if (sq.base.empty()) {
+                sq.base.resize(ub.n_kv, drop);
                 for (uint32_t c = 0; c < ub.n_kv; ++c) {
-                    const bool seen = !cells.is_empty(c) && cells.seq_has(c, seq);
-                    row[c] = seen ? keep : drop;
-                    if (seen && causal && cells.pos_get(c) > sq.first) {
-                        sq.later.push_back(c);
+                    if (cells.is_empty(c) || !cells.seq_has(c, seq)) {
+                        continue;
+                    }
+                    if (causal && cells.pos_get(c) > sq.first) {
+                        sq.rest.push_back(c);
+                    } else {
+                        sq.base[c] = keep;
                     }
                 }
-                sq.written = it;
             }
-            for (const uint32_t c : sq.later) {
+            ggml_fp16_t * row = (ggml_fp16_t *) mask->data + it*mask->ne[0];
+            memcpy(row, sq.base.data(), ub.n_kv*sizeof(ggml_fp16_t));
+            for (const uint32_t c : sq.rest) {
                 row[c] = cells.pos_get(c) <= p1 ? keep : drop;
             }
-        }
-        // of a cell and its exact row, the exact one counts within the window, that of this ubatch first
-        for (uint32_t it = i*ub.n_tokens; it < (i + 1)*ub.n_tokens; ++it) {
-            const auto &  cells = sk.kv.v_cells[sk.kv.seq_to_stream[ubatch->seq_id[it][0]]];
-            ggml_fp16_t * row   = row_of(it);
+            // of a cell and its exact row, the exact one counts within the window, that of this ubatch first
             const auto exact = [&](int32_t c) {
                 if (c < 0 || row[c] != keep) {
                     return drop;
                 }
                 const llama_pos p0 = cells.pos_get(c);
-                if (!sk.is_sink(p0) && std::abs(ubatch->pos[it] - p0) >= sk.n_window) {
+                if (!sk.is_sink(p0) && std::abs(p1 - p0) >= sk.n_window) {
                     return drop;
                 }
                 row[c] = drop;
@@ -879,6 +878,7 @@ void llm_graph_input_seqkv::set_input(const llama_ubatch * ubatch) {
             for (uint32_t s = 0; s < sk.n_slots; ++s) {
                 row[ub.n_kv + s] = exact(ub.slot_cell[i][s]);
             }
+            std::fill(row + n_virt, row + mask->ne[0], drop);
         }
     }
 }
