@@ -337,8 +337,7 @@ static void attend_rows(ggml_backend_cuda_context & ctx, const ggml_tensor * dst
 // the end
 //
 
-static constexpr int COMBINE_GROUPS = 4;   // of dv threads, each sums its share of the parts
-static constexpr int COMBINE_PARTS  = 512; // weights in shared memory at a time
+static constexpr int COMBINE_GROUPS = 4; // of D threads, each sums its share of the parts
 
 // frame rows of the ubatch that go into the window
 struct window_rows {
@@ -347,127 +346,101 @@ struct window_rows {
     int64_t         nb1;
 };
 
-// One block a query row: parts -> dst. H of the sums over transformed values, their mean and scale, the sink.
-static __global__ void combine_kernel(seqkv_view a, seqkv_parts parts, window_rows rows) {
-    __shared__ float z[COMBINE_GROUPS*SEQKV_MAX_HEAD], y[COMBINE_GROUPS*SEQKV_MAX_HEAD], weight[COMBINE_PARTS];
-    __shared__ float reduced[3][32];
-    const int     dv = a.p.dv, i = threadIdx.x%dv, group = threadIdx.x/dv;
+// One block a query row: parts -> dst. H of the sums over transformed values, their mean and scale, the sink. D: head_dim of values
+template <int D>
+static __global__ void __launch_bounds__(COMBINE_GROUPS*D) combine_kernel(seqkv_view a, seqkv_parts parts, window_rows rows) {
+    constexpr int J = D/WARP_SIZE, AHEAD = WARP_SIZE/COMBINE_GROUPS; // of 32 parts, those of a group
+    __shared__ float z[COMBINE_GROUPS*D], y[COMBINE_GROUPS*D];
+    const int i = threadIdx.x%D, group = threadIdx.x/D, warp = threadIdx.x/WARP_SIZE, lane = threadIdx.x%WARP_SIZE;
     const int     head = blockIdx.x, h = head/a.group;
     const int64_t row  = (int64_t) blockIdx.y*a.n_head + head;
     const float2 * ml  = parts.ml  + row*parts.n_parts;
-    const float  * acc = parts.acc + row*parts.n_parts*dv;
-    const int warp = threadIdx.x/WARP_SIZE, lane = threadIdx.x%WARP_SIZE, n_warps = blockDim.x/WARP_SIZE;
+    const float  * acc = parts.acc + row*parts.n_parts*D + i;
 
+    // what no kernel writes
     const bool prof = a.bits_v && a.tables.prof;
+    float scale[J], mean[J];
+#pragma unroll
+    for (int j = 0; j < J; ++j) {
+        scale[j] = prof && warp == 0 ? 1.0f/__half2float(a.tables.v_scale(h)[WARP_SIZE*j + lane]) : 1.0f;
+        mean [j] = prof && warp == 0 ? __half2float(a.tables.v_mean(h)[WARP_SIZE*j + lane]) : 0.0f;
+    }
+    const float   sink = a.sinks ? a.sinks[head] : -INFINITY;
+    const int64_t idx  = rows.dst ? rows.idxs[blockIdx.y] : -1;
     ggml_cuda_pdl_sync();
     ggml_cuda_pdl_lc();
-    if (rows.dst && rows.idxs[blockIdx.y] >= 0) {
-        const int width = a.p.n_head_kv*(a.p.dk + a.p.dv)/2;
-        const half2 * from = (const half2 *) a.cur + (int64_t) blockIdx.y*width;
-        half2       * to   = (half2 *) (rows.dst + rows.idxs[blockIdx.y]*rows.nb1);
-        for (int c = head*blockDim.x + threadIdx.x; c < width; c += a.n_head*blockDim.x) {
-            to[c] = from[c];
-        }
-    }
 
-    const float sink = a.sinks ? a.sinks[head] : -INFINITY;
-    float m = sink;
-    for (int c = threadIdx.x; c < parts.n_parts; c += blockDim.x) {
+    // each warp has the weights of 32 parts at a time, a lane one of them
+    float  m = sink, l = 0.0f, l_z = 0.0f, sum_z = 0.0f, sum_x = 0.0f, first[AHEAD];
+    float2 first_ml = lane < parts.n_parts ? ml[lane] : make_float2(-INFINITY, 0.0f);
+#pragma unroll
+    for (int k = 0; k < AHEAD; ++k) {
+        const int c = group + COMBINE_GROUPS*k;
+        first[k] = c < parts.n_parts ? acc[c*D] : 0.0f;
+    }
+    m = fmaxf(m, first_ml.x);
+    for (int c = WARP_SIZE + lane; c < parts.n_parts; c += WARP_SIZE) {
         m = fmaxf(m, ml[c].x);
     }
     m = warp_reduce_max(m);
-    if (lane == 0) {
-        reduced[0][warp] = m;
-    }
-    __syncthreads();
-    m = reduced[0][0];
-    for (int w = 1; w < n_warps; ++w) {
-        m = fmaxf(m, reduced[0][w]);
-    }
-
-    float l = 0.0f, l_z = 0.0f, sum_z = 0.0f, sum_x = 0.0f;
-    for (int c0 = 0; c0 < parts.n_parts; c0 += COMBINE_PARTS) {
-        const int n = min(COMBINE_PARTS, parts.n_parts - c0);
-        for (int c = threadIdx.x; c < n; c += blockDim.x) {
-            const float2 x = ml[c0 + c];
-            const float  f = x.x == -INFINITY ? 0.0f : __expf(x.x - m);
-            weight[c] = f;
-            l   += f*x.y;
-            l_z += c0 + c < parts.n_z ? f*x.y : 0.0f;
+    for (int c0 = 0; c0 < parts.n_parts; c0 += WARP_SIZE) {
+        if (c0 > 0) {
+            first_ml = c0 + lane < parts.n_parts ? ml[c0 + lane] : make_float2(-INFINITY, 0.0f);
+#pragma unroll
+            for (int k = 0; k < AHEAD; ++k) {
+                const int c = c0 + group + COMBINE_GROUPS*k;
+                first[k] = c < parts.n_parts ? acc[(int64_t) c*D] : 0.0f;
+            }
         }
-        __syncthreads();
-#pragma unroll 8
-        for (int c = group; c < n; c += COMBINE_GROUPS) {
-            const float x = weight[c]*acc[(int64_t) (c0 + c)*dv + i];
+        const float f = first_ml.x == -INFINITY ? 0.0f : __expf(first_ml.x - m);
+        l   += f*first_ml.y;
+        l_z += c0 + lane < parts.n_z ? f*first_ml.y : 0.0f;
+#pragma unroll
+        for (int k = 0; k < AHEAD; ++k) {
+            const int   c = group + COMBINE_GROUPS*k;
+            const float x = __shfl_sync(0xffffffff, f, c)*first[k];
             sum_z += c0 + c < parts.n_z ? x : 0.0f;
             sum_x += c0 + c < parts.n_z ? 0.0f : x;
         }
-        __syncthreads();
-    }
-    l   = warp_reduce_sum(l);
-    l_z = warp_reduce_sum(l_z);
-    if (lane == 0) {
-        reduced[1][warp] = l;
-        reduced[2][warp] = l_z;
     }
     // stored place within 16 values: 4*(value%4) + value/4
-    z[group*dv + (parts.permuted ? (i & ~15) | (i & 3) << 2 | (i >> 2 & 3) : i)] = sum_z;
-    y[group*dv + i] = sum_x;
-    __syncthreads();
-    l = a.sinks ? __expf(sink - m) : 0.0f;
-    l_z = 0.0f;
-    for (int w = 0; w < n_warps; ++w) {
-        l   += reduced[1][w];
-        l_z += reduced[2][w];
+    z[group*D + (parts.permuted ? (i & ~15) | (i & 3) << 2 | (i >> 2 & 3) : i)] = sum_z;
+    y[group*D + i] = sum_x;
+    if (idx >= 0) {
+        const int width = a.p.n_head_kv*(a.p.dk + a.p.dv)/2;
+        const half2 * from = (const half2 *) a.cur + (int64_t) blockIdx.y*width;
+        half2       * to   = (half2 *) (rows.dst + idx*rows.nb1);
+        for (int c = head*COMBINE_GROUPS*D + threadIdx.x; c < width; c += a.n_head*COMBINE_GROUPS*D) {
+            to[c] = from[c];
+        }
     }
+    __syncthreads();
     if (warp > 0) {
         return;
     }
-    // one warp has the rest: value 32*j + lane
-    float x[SEQKV_MAX_HEAD/WARP_SIZE];
+    l   = warp_reduce_sum(l) + (a.sinks ? __expf(sink - m) : 0.0f);
+    l_z = warp_reduce_sum(l_z);
+    float x[J];
 #pragma unroll
-    for (int j = 0; j < SEQKV_MAX_HEAD/WARP_SIZE; ++j) {
+    for (int j = 0; j < J; ++j) {
         x[j] = 0.0f;
 #pragma unroll
         for (int k = 0; k < COMBINE_GROUPS; ++k) {
-            x[j] += WARP_SIZE*j < dv ? z[k*dv + WARP_SIZE*j + lane] : 0.0f;
+            x[j] += z[k*D + WARP_SIZE*j + lane];
         }
     }
     if (parts.n_z > 0) { // H
-#pragma unroll
-        for (int m = 1; m < WARP_SIZE; m *= 2) {
-#pragma unroll
-            for (int j = 0; j < SEQKV_MAX_HEAD/WARP_SIZE; ++j) {
-                const float other = __shfl_xor_sync(0xffffffff, x[j], m);
-                x[j] = lane & m ? other - x[j] : x[j] + other;
-            }
-        }
-#pragma unroll
-        for (int m = 1; m < SEQKV_MAX_HEAD/WARP_SIZE; m *= 2) {
-#pragma unroll
-            for (int j = 0; j < SEQKV_MAX_HEAD/WARP_SIZE; ++j) {
-                if (!(j & m) && WARP_SIZE*m < dv) {
-                    const float u = x[j], v = x[j | m];
-                    x[j]     = u + v;
-                    x[j | m] = u - v;
-                }
-            }
-        }
+        seqkv_fwht_warp<J>(x, lane);
     }
-    const float norm = parts.n_z > 0 ? rsqrtf((float) dv) : 0.0f;
 #pragma unroll
-    for (int j = 0; j < SEQKV_MAX_HEAD/WARP_SIZE; ++j) {
+    for (int j = 0; j < J; ++j) {
         const int c = WARP_SIZE*j + lane;
-        if (c < dv) {
-            const float scale = prof ? 1.0f/__half2float(a.tables.v_scale(h)[c]) : 1.0f;
-            const float mean  = prof && parts.n_z > 0 ? l_z*__half2float(a.tables.v_mean(h)[c]) : 0.0f;
-            float sum = norm*x[j]*scale + mean;
+        float sum = parts.n_z > 0 ? rsqrtf((float) D)*x[j]*scale[j] + l_z*mean[j] : 0.0f;
 #pragma unroll
-            for (int k = 0; k < COMBINE_GROUPS; ++k) {
-                sum += y[k*dv + c];
-            }
-            a.dst[row*dv + c] = l > 0.0f ? sum/l : 0.0f;
+        for (int k = 0; k < COMBINE_GROUPS; ++k) {
+            sum += y[k*D + c];
         }
+        a.dst[row*D + c] = l > 0.0f ? sum/l : 0.0f;
     }
 }
 
@@ -476,8 +449,12 @@ void seqkv_combine(ggml_backend_cuda_context & ctx, const seqkv_view & a, const 
     if (rows) {
         w = { (char *) rows->data, (const int64_t *) rows->src[1]->data, (int64_t) rows->nb[1] };
     }
-    ggml_cuda_kernel_launch(combine_kernel, ggml_cuda_kernel_launch_params(dim3(a.n_head, a.n_stream*a.n_tokens), dim3(COMBINE_GROUPS*a.p.dv), 0, ctx.stream()),
-        a, parts, w);
+    const ggml_cuda_kernel_launch_params launch(dim3(a.n_head, a.n_stream*a.n_tokens), dim3(COMBINE_GROUPS*a.p.dv), 0, ctx.stream());
+    switch (a.p.dv) {
+        case 64:  ggml_cuda_kernel_launch(combine_kernel< 64>, launch, a, parts, w); break;
+        case 128: ggml_cuda_kernel_launch(combine_kernel<128>, launch, a, parts, w); break;
+        default:  ggml_cuda_kernel_launch(combine_kernel<256>, launch, a, parts, w); break;
+    }
 }
 
 void ggml_cuda_seqkv_attn(ggml_backend_cuda_context & ctx, ggml_tensor * dst, ggml_tensor * rows, bool overlap) {

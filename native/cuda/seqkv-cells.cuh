@@ -7,6 +7,8 @@
 
 #include "../../ggml-cuda/dequantize.cuh"
 
+#include <utility>
+
 // value i of a head of another type
 SEQKV_FN float other_value(ggml_type type, const char * src, int i) {
     float2 v = make_float2(0.0f, 0.0f); // values iqs and iqs + 16 of a block of 32, for Q8_0 iqs and iqs + 1
@@ -75,12 +77,38 @@ SEQKV_CONSTEXPR int table_at(int bits, int graded, int group) {
     }
     return at;
 }
-SEQKV_FN void load_level_tables(int bits, int graded, uint32_t * table) { // all threads of a block; synchronize afterwards
-    for (int k = 0; k < (graded ? 3 : 1); ++k) {
-        const int B = seqkv_value_bits(bits, graded, k), n = seqkv_table_words(B);
-        for (int i = threadIdx.x; i < 4*n; i += blockDim.x) {
-            ((int8_t *) (table + table_at(bits, graded, k)))[i] = seqkv_level_table(B)[i + (B < 5 ? 0 : 4*n)];
-        }
+struct level_tables {
+    uint32_t word[8][TABLE_WORDS]; // bits - 1, graded
+};
+template <int B, int... i> constexpr void add_level_words(uint32_t * word, std::integer_sequence<int, i...>) {
+    ((word[i] = seqkv_level_words<B, i>::value), ...);
+}
+template <int B> constexpr void add_level_table(level_tables & t, int bits, int graded, int group) {
+    add_level_words<B>(t.word[2*(bits - 1) + graded] + table_at(bits, graded, group), std::make_integer_sequence<int, seqkv_table_words(B)>());
+}
+template <int bits> constexpr void add_level_tables(level_tables & t) {
+    add_level_table<bits>    (t, bits, 0, 0);
+    add_level_table<bits + 2>(t, bits, 1, 0);
+    add_level_table<bits>    (t, bits, 1, 1);
+    if constexpr (bits > 1) {
+        add_level_table<bits - 1>(t, bits, 1, 2);
+    }
+}
+constexpr level_tables make_level_tables() {
+    level_tables t = {};
+    add_level_tables<1>(t);
+    add_level_tables<2>(t);
+    add_level_tables<3>(t);
+    add_level_tables<4>(t);
+    return t;
+}
+static __device__ constexpr level_tables seqkv_level_tables = make_level_tables();
+
+// tables of keys, then those of values; all threads of a block, which synchronize afterwards
+SEQKV_FN void load_level_tables(int bits_k, int graded_k, int bits_v, uint32_t * table) {
+    if (threadIdx.x < 2*TABLE_WORDS) {
+        const int kind = threadIdx.x < TABLE_WORDS ? 2*(bits_k - 1) + graded_k : 2*(bits_v - 1);
+        table[threadIdx.x] = seqkv_level_tables.word[kind][threadIdx.x%TABLE_WORDS];
     }
 }
 template <int B> SEQKV_FN void read_level_table(const uint32_t * table, seqkv_registers<B> & t) {

@@ -120,3 +120,26 @@ SEQKV_FN void seqkv_fwht_shared(float * x, int d, int i, int n) {
     }
     __syncthreads();
 }
+
+// Hadamard transform by a warp, not normalized: value 32*j + lane in x[j]
+template <int J> SEQKV_FN void seqkv_fwht_warp(float (&x)[J], int lane) {
+#pragma unroll
+    for (int m = 1; m < WARP_SIZE; m *= 2) {
+#pragma unroll
+        for (int j = 0; j < J; ++j) {
+            const float other = __shfl_xor_sync(0xffffffff, x[j], m);
+            x[j] = lane & m ? other - x[j] : x[j] + other;
+        }
+    }
+#pragma unroll
+    for (int m = 1; m < J; m *= 2) {
+#pragma unroll
+        for (int j = 0; j < J; ++j) {
+            if (!(j & m)) {
+                const float a = x[j], b = x[j | m];
+                x[j]     = a + b;
+                x[j | m] = a - b;
+            }
+        }
+    }
+}

@@ -1,4 +1,4 @@
-// Decode straight from blocks, on integer tensor cores.
+// Decode straight from blocks, on integer tensor cores; short contexts and what is shared with these: seqkv-short.cu, seqkv-decode.cuh.
 //
 // Three kernels an op. In the first one some blocks attend to the exact rows; the others transform the queries into every frame
 // (q' = D^T R(-t0) q, or H R(-t0) q), split them in two signed 7-bit digits, and take their products with the frame's 64
@@ -8,18 +8,9 @@
 //
 // Keys are the rows of the tensor core tiles, values their columns turned by ldmatrix; the 8 columns are 4 queries, each with
 // its upper and lower digit next to each other: lane 4*g + t has both digits of query t for keys (or dims) g and g + 8.
-#include "seqkv-attn.cuh"
-#include "seqkv-cells.cuh"
-#include "seqkv-mma.cuh"
+#include "seqkv-decode.cuh"
 
-static constexpr int TILE     = 64;       // cells of a tile
-static constexpr int WARPS    = 4;
-static constexpr int THREADS  = WARPS*WARP_SIZE;
-static constexpr int EXACT    = 16;       // exact rows of a part
-static constexpr int EXACT_NQ = 16;       // queries that work on it together
 static constexpr int MAX_NQ   = 32;       // queries of a KV head
-static constexpr int DIGITS   = 127*128;  // largest value of two signed digits
-static constexpr int BYTES    = 65530;    // largest value of two bytes, with room for rounding
 
 // What the first kernel hands to the second one, by (stream, frame, KV head); n4 tiles of 4 queries
 //   digits: B fragments of the queries, (n4, block of 64, lane) of 16 bytes: lane 4*(2*query + digit) + t, word t of each of the 4 runs
@@ -38,124 +29,6 @@ struct frame_queries {
 template <int D> SEQKV_FN uint32_t * digits_of(const frame_queries & f, int64_t index) { return f.digits + index*(f.n4*D*2); }
 
 //
-// exact rows
-//
-
-SEQKV_FN int64_t part_index(const seqkv_view & a, const seqkv_parts & parts, int s, int h, int iq, int part) {
-    return (((int64_t) s*a.n_tokens + iq/a.group)*a.n_head + h*a.group + iq%a.group)*parts.n_parts + part;
-}
-
-// Exact rows [j0, j0 + EXACT) of one KV head for queries [q0, q0 + nq): plain float arithmetic
-template <int D, int THREADS>
-static __device__ void exact_part(const seqkv_view & a, const seqkv_parts & parts, float * smem, int s, int h, int q0, int nq, int j0, int part) {
-    constexpr int WARPS = THREADS/WARP_SIZE, KD = D/WARP_SIZE, ND = (D + THREADS - 1)/THREADS, KR = EXACT/WARPS;
-    const int warp = threadIdx.x/WARP_SIZE, lane = threadIdx.x%WARP_SIZE;
-    const int n = min(EXACT, a.n_virt - j0);
-    float * q     = smem;       // (nq, D)
-    float * logit = q + nq*D;   // (nq, EXACT): logits, then p
-    const int32_t * meta = a.meta + (int64_t) s*a.n_virt + j0;
-
-    // everything that is read, at once
-    for (int i = threadIdx.x; i < nq*(D/4); i += THREADS) {
-        const int iq = q0 + i/(D/4);
-        ((float4 *) q)[i] = ((const float4 *) a.query(s, iq/a.group, h*a.group + iq%a.group))[i%(D/4)];
-    }
-    float k[KR][KD], other[KR][KD];
-    float2 cs[KR][KD];
-    float v[ND][EXACT];
-    int32_t origin[KR];
-    int     seen[KR]; // tokens that attend to the row
-#pragma unroll
-    for (int e = 0; e < KR; ++e) {
-        const int r = warp + e*WARPS;
-        origin[e] = r < n ? meta[r] : -1;
-        seen[e]   = 0;
-        for (int i = 0; i < a.n_tokens && r < n; ++i) {
-            seen[e] |= __half2float(a.mask_row(s, i)[j0 + r]) == 0.0f ? 1 << i : 0;
-        }
-        const half * row = a.exact(s, min(j0 + r, a.n_virt - 1)) + h*D;
-#pragma unroll
-        for (int c = 0; c < KD; ++c) {
-            const int i = c*WARP_SIZE + lane, half_rot = a.p.n_rot/2;
-            k[e][c]     = __half2float(row[i]);
-            other[e][c] = i >= a.p.n_rot ? 0.0f : __half2float(row[a.p.neox ? (i >= half_rot ? i - half_rot : i + half_rot) : i ^ 1]);
-        }
-    }
-#pragma unroll
-    for (int c = 0; c < ND; ++c) {
-        const int i = c*THREADS + threadIdx.x;
-#pragma unroll
-        for (int r = 0; r < EXACT; ++r) {
-            v[c][r] = i < D && r < n ? __half2float(a.exact(s, j0 + r)[a.p.n_head_kv*D + h*D + i]) : 0.0f;
-        }
-    }
-#pragma unroll
-    for (int e = 0; e < KR; ++e) {
-#pragma unroll
-        for (int c = 0; c < KD; ++c) {
-            const int i = c*WARP_SIZE + lane, half_rot = a.p.n_rot/2;
-            const int pair = a.p.neox ? (i >= half_rot ? i - half_rot : i) : i/2;
-            cs[e][c] = origin[e] < 0 || i >= a.p.n_rot ? make_float2(1.0f, 0.0f) : ((const float2 *) a.rot.origin(origin[e]))[pair];
-        }
-    }
-#pragma unroll
-    for (int e = 0; e < KR; ++e) {
-#pragma unroll
-        for (int c = 0; c < KD; ++c) {
-            const int  i      = c*WARP_SIZE + lane;
-            const bool second = a.p.neox ? i >= a.p.n_rot/2 : i & 1;
-            k[e][c] = k[e][c]*cs[e][c].x + (second ? other[e][c] : -other[e][c])*cs[e][c].y;
-        }
-    }
-    __syncthreads();
-    for (int iq = 0; iq < nq; ++iq) {
-        const int token = (q0 + iq)/a.group;
-#pragma unroll
-        for (int e = 0; e < KR; ++e) {
-            const int r = warp + e*WARPS;
-            float dot = 0.0f;
-#pragma unroll
-            for (int c = 0; c < KD; ++c) {
-                dot += q[iq*D + c*WARP_SIZE + lane]*k[e][c];
-            }
-            dot = warp_reduce_sum(dot);
-            if (lane == 0) {
-                logit[iq*EXACT + r] = origin[e] >= 0 && (seen[e] >> token & 1) ? seqkv_logit(dot, a.p) : -INFINITY;
-            }
-        }
-    }
-    __syncthreads();
-    for (int iq0 = 0; iq0 < nq; iq0 += THREADS/EXACT) {
-        const int   iq = iq0 + threadIdx.x/EXACT;
-        const float x  = iq < nq ? logit[iq*EXACT + threadIdx.x%EXACT] : -INFINITY;
-        const float m = warp_reduce_max<EXACT>(x);
-        const float p = x == -INFINITY ? 0.0f : __expf(x - m);
-        const float l = warp_reduce_sum<EXACT>(p);
-        if (iq < nq) {
-            logit[iq*EXACT + threadIdx.x%EXACT] = p;
-        }
-        if (iq < nq && threadIdx.x%EXACT == 0) {
-            parts.ml[part_index(a, parts, s, h, q0 + iq, part)] = make_float2(m, l);
-        }
-    }
-    __syncthreads();
-    for (int iq = 0; iq < nq; ++iq) {
-        const int64_t at = part_index(a, parts, s, h, q0 + iq, part)*D;
-#pragma unroll
-        for (int c = 0; c < ND; ++c) {
-            float sum = 0.0f;
-#pragma unroll
-            for (int r = 0; r < EXACT; ++r) {
-                sum += logit[iq*EXACT + r]*v[c][r];
-            }
-            if (c*THREADS + threadIdx.x < D) {
-                parts.acc[at + c*THREADS + threadIdx.x] = sum;
-            }
-        }
-    }
-}
-
-//
 // queries in the frames
 //
 
@@ -169,7 +42,7 @@ SEQKV_FN uint4 word_order(uint4 x) {
     return make_uint4(seqkv_prmt(x.x, x.z, 0x5410), seqkv_prmt(x.x, x.z, 0x7632), seqkv_prmt(x.y, x.w, 0x5410), seqkv_prmt(x.y, x.w, 0x7632));
 }
 
-// blockIdx: (group of frames, or behind these part of exact rows and chunk of queries, KV head, stream)
+// blockIdx: (group of frames, or behind these a part of exact rows a warp, KV head, stream)
 // overlap: the kernel before this one makes the frame rows, which exact rows alone need
 template <int D>
 static __global__ void __launch_bounds__(query_rows(D)*2) queries_kernel(seqkv_view a, frame_queries f, seqkv_parts parts, int groups, bool overlap) {
@@ -187,10 +60,12 @@ static __global__ void __launch_bounds__(query_rows(D)*2) queries_kernel(seqkv_v
     const bool dense = a.form_k == SEQKV_DENSE;
 
     if ((int) blockIdx.x >= groups) {
-        const int n_chunks = (nq + EXACT_NQ - 1)/EXACT_NQ, part = (blockIdx.x - groups)/n_chunks, q0 = (blockIdx.x - groups)%n_chunks*EXACT_NQ;
+        const int part = (blockIdx.x - groups)*(NT/WARP_SIZE) + warp, j0 = a.p.n_kv + part*EXACT;
         ggml_cuda_pdl_sync();
         ggml_cuda_pdl_lc();
-        exact_part<D, NT>(a, parts, (float *) smem_h, s, h, q0, min(EXACT_NQ, nq - q0), a.p.n_kv + part*EXACT, parts.n_z + part);
+        if (j0 < a.n_virt) {
+            exact_part<D>(a, parts, (float *) smem_h + warp*EXACT*D, s, h, 0, nq, j0, parts.n_z + part);
+        }
         return;
     }
 
@@ -414,58 +289,6 @@ template <int D, int NT> struct warp_smem {
     };
 };
 
-// Rows of cells on their way to shared memory. They keep their place in 16 bytes of global memory, or in 4 if rows are not aligned.
-template <int PITCH> struct row_loader {
-    static constexpr int LANES = PITCH/16, ROWS = WARP_SIZE/LANES; // lanes that copy a row, 16 bytes each; rows at a time
-    const char * cells; // row 0 of the head
-    int          nb1, size, skew;
-    int          n16;   // 16-byte pieces of a row, 0: rows are copied by words
-
-    __device__ __forceinline__ row_loader(const char * cells, int64_t nb1, int64_t nb2, int size) : cells(cells), nb1((int) nb1), size(size) {
-        skew = (int) (uintptr_t) cells & 15;
-        n16  = ((nb1 | nb2) & 15) == 0 ? (skew + size + 15)/16 : 0;
-    }
-    // byte of row j's cell in its raw row
-    __device__ __forceinline__ int begin(int j) const { return n16 ? skew : ((int) (uintptr_t) cells + j*nb1) & 3; }
-
-    // rows [j0, j0 + N) below end
-    template <int N> __device__ __forceinline__ void load(char * raw, int j0, int end, int lane) const {
-        const char * base = cells + (int64_t) j0*nb1;
-        if (n16 > 0 && n16 <= 4 && j0 + N <= end) {
-            if (lane%4 < n16) {
-                const char * src = base + (lane/4*nb1 + lane%4*16 - skew);
-                char       * dst = raw + lane/4*PITCH + lane%4*16;
-#pragma unroll
-                for (int r = 0; r < N; r += 8) {
-                    copy_async16(dst + r*PITCH, src + r*nb1);
-                }
-            }
-        } else if (n16) {
-            const int    row = lane/LANES, piece = lane%LANES;
-            const int    n   = piece < n16 && row < ROWS ? min(N, end - j0) - row : 0;
-            const char * src = base + (row*nb1 + piece*16 - skew);
-            char       * dst = raw + row*PITCH + piece*16;
-#pragma unroll
-            for (int r = 0; r < N; r += ROWS) {
-                if (r < n) {
-                    copy_async16(dst + r*PITCH, src + r*nb1);
-                }
-            }
-        } else {
-#pragma unroll 1
-            for (int r = lane/16; r < N && j0 + r < end; r += 2) {
-                const char * src = base + r*nb1;
-                const int    at  = (int) (uintptr_t) src & 3;
-#pragma unroll 1
-                for (int w = 4*(lane%16); w - at < size; w += 64) {
-                    copy_async4(raw + r*PITCH + w, src - at + w);
-                }
-            }
-        }
-        copy_commit();
-    }
-};
-
 // blockIdx: (part, KV head, stream x chunk of 4*NT queries). D: head_dim of keys and values.
 template <int D, int NT>
 static __global__ void __launch_bounds__(THREADS, D == 256 || NT == 4 ? 2 : NT == 2 ? 3 : 4) decode_kernel(seqkv_view a, frame_queries f, seqkv_parts parts, int n_chunks) {
@@ -487,8 +310,7 @@ static __global__ void __launch_bounds__(THREADS, D == 256 || NT == 4 ? 2 : NT =
     const int   block_k = a.size_k/NB, block_v = a.size_v/NB;
     const float log2e = 1.44269504f, scale2 = a.p.scale*log2e;
     __shared__ __align__(16) uint32_t tables[2*TABLE_WORDS]; // levels of keys, of values
-    load_level_tables(a.bits_k, a.graded_k, tables);
-    load_level_tables(a.bits_v, 0, tables + TABLE_WORDS);
+    load_level_tables(a.bits_k, a.graded_k, a.bits_v, tables);
     __syncthreads();
 
     const row_loader<PITCH> rows_k(a.cell_k(s, 0, h), a.k_nb1, a.k_nb2, a.size_k);
@@ -857,56 +679,9 @@ static __global__ void __launch_bounds__(THREADS, D == 256 || NT == 4 ? 2 : NT =
         }
     }
 
-    // the warps' sums -> one part
     copy_wait();
-    __shared__ float warp_m[WARPS][4*NT], warp_l[WARPS][4*NT];
-#pragma unroll
-    for (int n = 0; n < NT; ++n) {
-        float sum = l[n];
-#pragma unroll
-        for (int i = 4; i < WARP_SIZE; i *= 2) {
-            sum += __shfl_xor_sync(0xffffffff, sum, i);
-        }
-        if (g == 0) {
-            warp_m[warp][4*n + t] = m[n];
-            warp_l[warp][4*n + t] = sum;
-        }
-    }
-    __syncthreads();
-    float * all = (float *) smem_raw; // (WARPS, 4*NT, D)
     static_assert(4*NT*D*sizeof(float) <= sizeof(smem_t), "sums of a warp");
-#pragma unroll
-    for (int n = 0; n < NT; ++n) {
-        float max = warp_m[0][4*n + t];
-#pragma unroll
-        for (int w = 1; w < WARPS; ++w) {
-            max = fmaxf(max, warp_m[w][4*n + t]);
-        }
-        const float x = m[n] == -INFINITY ? 0.0f : exp2f(m[n] - max);
-#pragma unroll
-        for (int i = 0; i < DT; ++i) {
-            *(float2 *) (all + (warp*4*NT + 4*n + t)*D + 16*i + 2*g) = make_float2(x*acc[n][i][0], x*acc[n][i][1]);
-        }
-    }
-    __syncthreads();
-    for (int i = threadIdx.x; i < 4*NT*D && q0 + i/D < nq; i += THREADS) {
-        float sum = all[i];
-#pragma unroll
-        for (int w = 1; w < WARPS; ++w) {
-            sum += all[w*4*NT*D + i];
-        }
-        parts.acc[part_index(a, parts, s, h, q0 + i/D, blockIdx.x)*D + i%D] = sum;
-    }
-    if (threadIdx.x < 4*NT && q0 + threadIdx.x < nq) {
-        float max = -INFINITY, sum = 0.0f;
-        for (int w = 0; w < WARPS; ++w) {
-            max = fmaxf(max, warp_m[w][threadIdx.x]);
-        }
-        for (int w = 0; w < WARPS; ++w) {
-            sum += warp_m[w][threadIdx.x] == -INFINITY ? 0.0f : warp_l[w][threadIdx.x]*exp2f(warp_m[w][threadIdx.x] - max);
-        }
-        parts.ml[part_index(a, parts, s, h, q0 + threadIdx.x, blockIdx.x)] = make_float2(max/log2e, sum);
-    }
+    merge_warps<D, NT>(a, parts, (float *) smem_raw, m, l, acc, s, h, q0, blockIdx.x);
 }
 
 template <int D, int NT> static constexpr size_t decode_smem_bytes() { return WARPS*sizeof(warp_smem<D, NT>); }
@@ -931,7 +706,7 @@ static void decode_case(ggml_backend_cuda_context & ctx, const ggml_tensor * dst
 
     const size_t     smem_q = query_smem(D, nq);
     constexpr size_t smem   = decode_smem_bytes<D, NT>();
-    static_assert(EXACT_NQ*(D + EXACT)*sizeof(float) <= query_smem(D, 0), "exact rows work in the same memory");
+    static_assert(query_rows(D)*2/WARP_SIZE*EXACT*D*sizeof(float) <= query_smem(D, 0), "exact rows work in the same memory");
     CUDA_SET_SHARED_MEMORY_LIMIT((queries_kernel<D>), query_smem(D, MAX_NQ));
     CUDA_SET_SHARED_MEMORY_LIMIT((decode_kernel<D, NT>), smem);
 
@@ -955,7 +730,7 @@ static void decode_case(ggml_backend_cuda_context & ctx, const ggml_tensor * dst
     parts.acc = acc.get();
 
     const int frames = query_rows(D)/nq; // of a block at a time
-    const int exact  = n_exact*((nq + EXACT_NQ - 1)/EXACT_NQ);
+    const int exact  = (n_exact + query_rows(D)*2/WARP_SIZE - 1)/(query_rows(D)*2/WARP_SIZE);
     const int groups = std::min((f.n_frames + frames - 1)/frames, std::max(1, 3*nsm/(a.p.n_head_kv*a.n_stream) - exact));
     ggml_cuda_kernel_launch(queries_kernel<D>, ggml_cuda_kernel_launch_params(dim3(groups + exact, a.p.n_head_kv, a.n_stream), dim3(query_rows(D)*2), smem_q, stream),
         a, f, parts, groups, overlap);
@@ -977,6 +752,9 @@ template <int D> static void decode_tiles(ggml_backend_cuda_context & ctx, const
 void seqkv_decode(ggml_backend_cuda_context & ctx, ggml_tensor * dst, const ggml_tensor * rows, bool overlap) {
     const ggml_seqkv_params p = seqkv_params(dst);
     const int n_queries = (int) (dst->src[0]->ne[2]/dst->src[1]->ne[2]*dst->src[0]->ne[1]/p.n_head_kv);
+    if (seqkv_decode_short(ctx, dst, rows, overlap, n_queries)) {
+        return;
+    }
     switch (p.dk) {
         case 64:  decode_tiles< 64>(ctx, dst, rows, overlap, n_queries); break;
         case 128: decode_tiles<128>(ctx, dst, rows, overlap, n_queries); break;

@@ -719,25 +719,7 @@ static __global__ void __launch_bounds__(TILE_THREADS) seqkv_write_tile_kernel(s
             for (int j = 0; j < J; ++j) {
                 x[j] = rsqrtf((float) D)*v_scale[j]*(x[j] - v_mean[j]);
             }
-#pragma unroll
-            for (int m = 1; m < WARP_SIZE; m *= 2) {
-#pragma unroll
-                for (int j = 0; j < J; ++j) {
-                    const float other = __shfl_xor_sync(0xffffffff, x[j], m);
-                    x[j] = lane & m ? other - x[j] : x[j] + other;
-                }
-            }
-#pragma unroll
-            for (int m = 1; m < J; m *= 2) {
-#pragma unroll
-                for (int j = 0; j < J; ++j) {
-                    if (!(j & m)) {
-                        const float a = x[j], b = x[j | m];
-                        x[j]     = a + b;
-                        x[j | m] = a - b;
-                    }
-                }
-            }
+            seqkv_fwht_warp<J>(x, lane);
         }
 #pragma unroll
         for (int j = 0; j < J; ++j) {

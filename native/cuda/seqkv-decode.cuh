@@ -1,0 +1,272 @@
+// Decode: what both of its ways share: parts of exact rows, rows on their way to shared memory, the sums of a block's warps.
+#pragma once
+
+#include "seqkv-attn.cuh"
+#include "seqkv-cells.cuh"
+#include "seqkv-mma.cuh"
+
+static constexpr int TILE     = 64;       // cells of a tile
+static constexpr int WARPS    = 4;
+static constexpr int THREADS  = WARPS*WARP_SIZE;
+static constexpr int EXACT    = 4;        // exact rows of a part, which a warp works on
+static constexpr int DIGITS   = 127*128;  // largest value of two signed digits
+static constexpr int BYTES    = 65530;    // largest value of two bytes, with room for rounding
+
+// One kernel for all, seqkv-short.cu; false: not for this op, nothing was done. n_queries: of a KV head
+bool seqkv_decode_short(ggml_backend_cuda_context & ctx, const ggml_tensor * dst, const ggml_tensor * rows, bool overlap, int n_queries);
+
+SEQKV_FN int64_t part_index(const seqkv_view & a, const seqkv_parts & parts, int s, int h, int iq, int part) {
+    return (((int64_t) s*a.n_tokens + iq/a.group)*a.n_head + h*a.group + iq%a.group)*parts.n_parts + part;
+}
+
+// 2*n bytes as n values
+template <int N> struct half_vector {
+    static_assert(N == 2 || N == 4 || N == 8, "4, 8 or 16 bytes");
+    uint32_t w[N/2];
+    __device__ __forceinline__ void load(const half * x) {
+        if constexpr (N == 2) {
+            w[0] = *(const uint32_t *) x;
+        } else if constexpr (N == 4) {
+            *(uint2 *) w = *(const uint2 *) x;
+        } else {
+            *(uint4 *) w = *(const uint4 *) x;
+        }
+    }
+    __device__ __forceinline__ float value(int i) const {
+        const float2 f = __half22float2(*(const half2 *) &w[i/2]);
+        return i%2 ? f.y : f.x;
+    }
+};
+
+// Sums of 16 values over a warp: lane l gets that of value l/2
+SEQKV_FN float sum16(float (&x)[16], int lane) {
+#pragma unroll
+    for (int step = 3; step >= 0; --step) {
+        const int  n     = 1 << step;
+        const bool upper = lane & 2*n;
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+            if (i < n) {
+                const float send = upper ? x[i] : x[i + n];
+                x[i] = (upper ? x[i + n] : x[i]) + __shfl_xor_sync(0xffffffff, send, 2*n);
+            }
+        }
+    }
+    return x[0] + __shfl_xor_sync(0xffffffff, x[0], 1);
+}
+
+// Exact rows [j0, j0 + EXACT) of one KV head for queries [q0, q0 + nq), by one warp: plain float arithmetic, a lane D/32 neighbouring values.
+// keys: (EXACT, D) scratch of the warp
+template <int D>
+static __device__ void exact_part(const seqkv_view & a, const seqkv_parts & parts, float * keys, int s, int h, int q0, int nq, int j0, int part) {
+    constexpr int V = D/WARP_SIZE, QUERIES = 16/EXACT; // at a time
+    const int lane = threadIdx.x%WARP_SIZE, n = min(EXACT, a.n_virt - j0), half_rot = a.p.n_rot/2;
+    const int e_own = lane/2/QUERIES, q_own = lane/2%QUERIES; // row and query whose logit this lane gets
+
+    // everything that is read, at once
+    const int32_t * meta = a.meta + (int64_t) s*a.n_virt + j0;
+    half_vector<V> k_raw[EXACT], v_raw[EXACT];
+    int32_t origin[EXACT];
+#pragma unroll
+    for (int e = 0; e < EXACT; ++e) {
+        const half * row = a.exact(s, j0 + min(e, n - 1)) + h*D + V*lane;
+        k_raw[e].load(row);
+        v_raw[e].load(row + a.p.n_head_kv*D);
+        origin[e] = meta[min(e, n - 1)];
+    }
+    const bool used = e_own < n && meta[min(e_own, n - 1)] >= 0;
+    float2 cs[EXACT][V];
+#pragma unroll
+    for (int e = 0; e < EXACT; ++e) {
+#pragma unroll
+        for (int c = 0; c < V; ++c) {
+            const int i = V*lane + c, pair = a.p.neox ? (i >= half_rot ? i - half_rot : i) : i/2;
+            cs[e][c] = origin[e] >= 0 && i < a.p.n_rot ? ((const float2 *) a.rot.origin(origin[e]))[pair] : make_float2(1.0f, 0.0f);
+        }
+    }
+#pragma unroll
+    for (int e = 0; e < EXACT; ++e) {
+#pragma unroll
+        for (int c = 0; c < V; ++c) {
+            keys[e*D + V*lane + c] = k_raw[e].value(c);
+        }
+    }
+    __syncwarp();
+    float k[EXACT][V];
+#pragma unroll
+    for (int e = 0; e < EXACT; ++e) {
+#pragma unroll
+        for (int c = 0; c < V; ++c) {
+            const int  i      = V*lane + c;
+            const bool second = a.p.neox ? i >= half_rot : i & 1;
+            const int  other  = i >= a.p.n_rot ? i : !a.p.neox ? i ^ 1 : second ? i - half_rot : i + half_rot;
+            k[e][c] = k_raw[e].value(c)*cs[e][c].x + (second ? keys[e*D + other] : -keys[e*D + other])*cs[e][c].y;
+        }
+    }
+#pragma unroll 1
+    for (int iq0 = 0; iq0 < nq; iq0 += QUERIES) {
+        const int  token = (q0 + min(iq0 + q_own, nq - 1))/a.group;
+        const bool keep  = used && (((const uint16_t *) a.mask_row(s, token))[j0 + min(e_own, n - 1)] & 0x7fff) == 0;
+        float dot[16];
+#pragma unroll
+        for (int i = 0; i < QUERIES; ++i) {
+            const int iq = q0 + min(iq0 + i, nq - 1);
+            const float * q = a.query(s, iq/a.group, h*a.group + iq%a.group) + V*lane;
+            float x[V];
+#pragma unroll
+            for (int c = 0; c < V; c += 2) {
+                *(float2 *) (x + c) = *(const float2 *) (q + c);
+            }
+#pragma unroll
+            for (int e = 0; e < EXACT; ++e) {
+                float sum = 0.0f;
+#pragma unroll
+                for (int c = 0; c < V; ++c) {
+                    sum += x[c]*k[e][c];
+                }
+                dot[e*QUERIES + i] = sum;
+            }
+        }
+        const float logit = sum16(dot, lane);
+        const float x = keep ? seqkv_logit(logit, a.p) : -INFINITY;
+        float m = x;
+#pragma unroll
+        for (int i = 2*QUERIES; i < WARP_SIZE; i *= 2) {
+            m = fmaxf(m, __shfl_xor_sync(0xffffffff, m, i));
+        }
+        const float p = x == -INFINITY ? 0.0f : __expf(x - m);
+        float l = p;
+#pragma unroll
+        for (int i = 2*QUERIES; i < WARP_SIZE; i *= 2) {
+            l += __shfl_xor_sync(0xffffffff, l, i);
+        }
+        if (lane%2 == 0 && e_own == 0 && iq0 + q_own < nq) {
+            parts.ml[part_index(a, parts, s, h, q0 + iq0 + q_own, part)] = make_float2(m, l);
+        }
+#pragma unroll
+        for (int i = 0; i < QUERIES; ++i) {
+            float sum[V] = { 0.0f };
+#pragma unroll
+            for (int e = 0; e < EXACT; ++e) {
+                const float pe = __shfl_sync(0xffffffff, p, 2*(e*QUERIES + i));
+#pragma unroll
+                for (int c = 0; c < V; ++c) {
+                    sum[c] += pe*v_raw[e].value(c);
+                }
+            }
+            if (iq0 + i < nq) {
+                float * dst = parts.acc + part_index(a, parts, s, h, q0 + iq0 + i, part)*D + V*lane;
+#pragma unroll
+                for (int c = 0; c < V; c += 2) {
+                    *(float2 *) (dst + c) = make_float2(sum[c], sum[c + 1]);
+                }
+            }
+        }
+    }
+}
+
+// Rows of cells on their way to shared memory. They keep their place in 16 bytes of global memory, or in 4 if rows are not aligned.
+template <int PITCH> struct row_loader {
+    static constexpr int LANES = PITCH/16, ROWS = WARP_SIZE/LANES; // lanes that copy a row, 16 bytes each; rows at a time
+    const char * cells; // row 0 of the head
+    int          nb1, size, skew;
+    int          n16;   // 16-byte pieces of a row, 0: rows are copied by words
+
+    __device__ __forceinline__ row_loader(const char * cells, int64_t nb1, int64_t nb2, int size) : cells(cells), nb1((int) nb1), size(size) {
+        skew = (int) (uintptr_t) cells & 15;
+        n16  = ((nb1 | nb2) & 15) == 0 ? (skew + size + 15)/16 : 0;
+    }
+    // byte of row j's cell in its raw row
+    __device__ __forceinline__ int begin(int j) const { return n16 ? skew : ((int) (uintptr_t) cells + j*nb1) & 3; }
+
+    // rows [j0, j0 + N) below end
+    template <int N> __device__ __forceinline__ void load(char * raw, int j0, int end, int lane) const {
+        const char * base = cells + (int64_t) j0*nb1;
+        if (n16 > 0 && n16 <= 4 && j0 + N <= end) {
+            if (lane%4 < n16) {
+                const char * src = base + (lane/4*nb1 + lane%4*16 - skew);
+                char       * dst = raw + lane/4*PITCH + lane%4*16;
+#pragma unroll
+                for (int r = 0; r < N; r += 8) {
+                    copy_async16(dst + r*PITCH, src + r*nb1);
+                }
+            }
+        } else if (n16) {
+            const int    row = lane/LANES, piece = lane%LANES;
+            const int    n   = piece < n16 && row < ROWS ? min(N, end - j0) - row : 0;
+            const char * src = base + (row*nb1 + piece*16 - skew);
+            char       * dst = raw + row*PITCH + piece*16;
+#pragma unroll
+            for (int r = 0; r < N; r += ROWS) {
+                if (r < n) {
+                    copy_async16(dst + r*PITCH, src + r*nb1);
+                }
+            }
+        } else {
+#pragma unroll 1
+            for (int r = lane/16; r < N && j0 + r < end; r += 2) {
+                const char * src = base + r*nb1;
+                const int    at  = (int) (uintptr_t) src & 3;
+#pragma unroll 1
+                for (int w = 4*(lane%16); w - at < size; w += 64) {
+                    copy_async4(raw + r*PITCH + w, src - at + w);
+                }
+            }
+        }
+        copy_commit();
+    }
+};
+
+// The sums of a block's warps -> a part. all: (WARPS, 4*NT, D) scratch that others may still read; m, l of lane 4*g + t: of query t of
+// each n, m of base 2, l over this lane's keys; acc: its values 16*i + 2*g, + 1
+template <int D, int NT>
+SEQKV_FN void merge_warps(const seqkv_view & a, const seqkv_parts & parts, float * all, const float (&m)[NT], const float (&l)[NT],
+        const float (&acc)[NT][D/16][2], int s, int h, int q0, int part) {
+    const int warp = threadIdx.x/WARP_SIZE, lane = threadIdx.x%WARP_SIZE, g = lane/4, t = lane%4, nq = a.n_tokens*a.group;
+    __shared__ float warp_m[WARPS][4*NT], warp_l[WARPS][4*NT];
+#pragma unroll
+    for (int n = 0; n < NT; ++n) {
+        float sum = l[n];
+#pragma unroll
+        for (int i = 4; i < WARP_SIZE; i *= 2) {
+            sum += __shfl_xor_sync(0xffffffff, sum, i);
+        }
+        if (g == 0) {
+            warp_m[warp][4*n + t] = m[n];
+            warp_l[warp][4*n + t] = sum;
+        }
+    }
+    __syncthreads();
+#pragma unroll
+    for (int n = 0; n < NT; ++n) {
+        float max = warp_m[0][4*n + t];
+#pragma unroll
+        for (int w = 1; w < WARPS; ++w) {
+            max = fmaxf(max, warp_m[w][4*n + t]);
+        }
+        const float x = m[n] == -INFINITY ? 0.0f : exp2f(m[n] - max);
+#pragma unroll
+        for (int i = 0; i < D/16; ++i) {
+            *(float2 *) (all + (warp*4*NT + 4*n + t)*D + 16*i + 2*g) = make_float2(x*acc[n][i][0], x*acc[n][i][1]);
+        }
+    }
+    __syncthreads();
+    for (int i = threadIdx.x; i < 4*NT*D && q0 + i/D < nq; i += THREADS) {
+        float sum = all[i];
+#pragma unroll
+        for (int w = 1; w < WARPS; ++w) {
+            sum += all[w*4*NT*D + i];
+        }
+        parts.acc[part_index(a, parts, s, h, q0 + i/D, part)*D + i%D] = sum;
+    }
+    if (threadIdx.x < 4*NT && q0 + threadIdx.x < nq) {
+        float max = -INFINITY, sum = 0.0f;
+        for (int w = 0; w < WARPS; ++w) {
+            max = fmaxf(max, warp_m[w][threadIdx.x]);
+        }
+        for (int w = 0; w < WARPS; ++w) {
+            sum += warp_m[w][threadIdx.x] == -INFINITY ? 0.0f : warp_l[w][threadIdx.x]*exp2f(warp_m[w][threadIdx.x] - max);
+        }
+        parts.ml[part_index(a, parts, s, h, q0 + threadIdx.x, part)] = make_float2(max/1.44269504f, sum);
+    }
+}
