@@ -1,6 +1,6 @@
 // Prefill: rows are expanded to absolute keys and values in f16, then upstream's kernels attend to them.
 //
-// A block expands 64 rows of a KV head: levels by byte permutes, the inverse transform on tensor cores, the rotation at the end.
+// A warp expands 16 rows of a KV head: levels by byte permutes, the inverse transform on tensor cores, the rotation in registers.
 // KV heads are done in batches, so that the scratch is bounded however long the context is.
 #include "seqkv-attn.cuh"
 #include "seqkv-cells.cuh"
@@ -11,32 +11,37 @@
 static constexpr size_t SCRATCH = 256u << 20; // bytes of expanded rows at a time, more only where one KV head needs more
 static constexpr int    PAD     = 256;        // upstream's kernels are fastest on multiples of it
 
-static constexpr __host__ __device__ int expand_rows(int d) { return d == 256 ? 32 : 64; }
-static constexpr size_t expand_smem(int d) { return (expand_rows(d) + 64)*(d + 8)*sizeof(half) + expand_rows(d)*(d + 4)*sizeof(float); }
+static constexpr int WARPS       = 4;
+static constexpr int WARP_ROWS   = 16;
+static constexpr int EXPAND_ROWS = WARPS*WARP_ROWS; // of a block
+static constexpr size_t expand_smem(int d, bool dense) { return (EXPAND_ROWS + (dense ? 64 : 0))*(d + 8)*sizeof(half); }
 
-// z (ROWS, D + 8) <- cells' values in their own domain; rows that are no cells: 0
+// What a lane 4*g + t has of a warp's 16 rows: columns 8*n + 2*t, + 1 of row g in acc[n][0], [1], of row g + 8 in [2], [3]
+template <int D> using row_values = float[D/8][4];
+
+// z (16, D + 8) <- cells' values in their own domain; rows that are no cells: 0. meta: of row lane%16, -1: no cell
 template <int D>
-static __device__ void decode_rows(const seqkv_view & a, bool is_key, int s, int h, int first, half * z) {
-    constexpr int ROWS = expand_rows(D), LD = D + 8, NT = 2*ROWS, NB = D/64;
-    const int32_t * meta = a.meta + (int64_t) s*a.n_virt;
+SEQKV_FN void decode_rows(const seqkv_view & a, bool is_key, int s, int h, int first, int32_t meta, half * z) {
+    constexpr int LD = D + 8, NB = D/64;
+    const int lane = threadIdx.x%WARP_SIZE, r = lane%WARP_ROWS, j = first + r;
     const int bits = is_key ? a.bits_k : a.bits_v, graded = is_key ? a.graded_k : 0;
-    for (int item = threadIdx.x; item < ROWS*NB; item += NT) {
-        const int r = item%ROWS, b = item/ROWS, j = first + r;
+#pragma unroll 1
+    for (int b = lane/WARP_ROWS; b < NB; b += WARP_SIZE/WARP_ROWS) {
         half2 * dst = (half2 *) (z + r*LD + 64*b);
-        if (j >= a.p.n_kv || meta[j] < 0) {
+        if (meta < 0) {
             for (int i = 0; i < 32; ++i) {
                 dst[i] = make_half2(0.0f, 0.0f);
             }
             continue;
         }
         const char * cell = is_key ? a.cell_k(s, j, h) : a.cell_v(s, j, h);
-        const half * pred = is_key && a.form_k == SEQKV_DENSE ? a.tables.pred(h) + (meta[j] & 255)*D + 64*b : nullptr;
         if (!bits) {
             for (int i = 0; i < 32; ++i) {
                 dst[i] = __floats2half2_rn(other_value(is_key ? a.type_k : a.type_v, cell, 64*b + 2*i), other_value(is_key ? a.type_k : a.type_v, cell, 64*b + 2*i + 1));
             }
             continue;
         }
+        const half * pred = is_key && a.form_k == SEQKV_DENSE ? a.tables.pred(h) + (meta & 255)*D + 64*b : nullptr;
         uint32_t level[16];
         float    factor[3];
         const int skew = (int) (uintptr_t) cell & 3;
@@ -59,167 +64,246 @@ static __device__ void decode_rows(const seqkv_view & a, bool is_key, int s, int
             }
         }
     }
-    __syncthreads();
+    __syncwarp();
 }
 
-// out (ROWS, D + 4) <- z M^T, M (D, D) row-major, NULL: the Hadamard transform. chunk: (64, D + 8) scratch
+// acc <- z H: within 16 columns on tensor cores, between them by sums and differences
 template <int D>
-static __device__ void transform_rows(const half * m, const half * z, half * chunk, float * out) {
-    constexpr int ROWS = expand_rows(D), LD = D + 8, NT = 2*ROWS;
-    const int warp = threadIdx.x/WARP_SIZE, lane = threadIdx.x%WARP_SIZE, g = lane/4, t = lane%4;
-    const float scale = m ? 1.0f : rsqrtf((float) D);
-    for (int n0 = 0; n0 < D; n0 += 64) {
-        __syncthreads();
-#pragma unroll 4
-        for (int i = threadIdx.x; i < 64*D/8; i += NT) {
-            const int n = i/(D/8), k = i%(D/8)*8;
-            if (m) {
-                copy_async16(chunk + n*LD + k, m + (n0 + n)*D + k);
-            } else {
-                *(uint4 *) (chunk + n*LD + k) = hadamard8(n0 + n, k);
-            }
+SEQKV_FN void hadamard_rows(const half * z, row_values<D> & acc) {
+    constexpr int LD = D + 8;
+    const int lane = threadIdx.x%WARP_SIZE, g = lane/4, t = lane%4;
+    const uint32_t plus  = hadamard8(g, 0).x ^ (__popc(g & 2*t) & 1 ? 0x80008000 : 0); // entries (g, 2t), (g, 2t + 1)
+    const uint32_t minus = plus ^ 0x80008000;
+#pragma unroll
+    for (int k = 0; k < D/16; ++k) {
+        uint32_t x[4];
+        load_a(x, z + lane%16*LD + 16*k + lane/16*8);
+#pragma unroll
+        for (int n = 0; n < 2; ++n) {
+            acc[2*k + n][0] = acc[2*k + n][1] = acc[2*k + n][2] = acc[2*k + n][3] = 0.0f;
+            mma_f16(acc[2*k + n], x, plus, n ? minus : plus);
         }
-        copy_wait();
-        __syncthreads();
-        float acc[8][4] = {{ 0.0f }};
+    }
 #pragma unroll
-        for (int k = 0; k < D; k += 16) {
-            uint32_t x[4];
+    for (int m = 2; m < D/8; m *= 2) {
 #pragma unroll
-            for (int j = 0; j < 4; ++j) {
-                x[j] = *(const uint32_t *) (z + (16*warp + g + 8*(j & 1))*LD + k + 2*t + 8*(j >> 1));
-            }
+        for (int n = 0; n < D/8; ++n) {
+            if (!(n & m)) {
 #pragma unroll
-            for (int n = 0; n < 8; ++n) {
-                const half * b = chunk + (8*n + g)*LD + k + 2*t;
-                mma_f16(acc[n], x, *(const uint32_t *) b, *(const uint32_t *) (b + 8));
-            }
-        }
-#pragma unroll
-        for (int n = 0; n < 8; ++n) {
-#pragma unroll
-            for (int e = 0; e < 2; ++e) {
-                *(float2 *) (out + (16*warp + g + 8*e)*(D + 4) + n0 + 8*n + 2*t) = make_float2(scale*acc[n][2*e], scale*acc[n][2*e + 1]);
+                for (int e = 0; e < 4; ++e) {
+                    const float u = acc[n][e], v = acc[n | m][e];
+                    acc[n][e]     = u + v;
+                    acc[n | m][e] = u - v;
+                }
             }
         }
     }
-    __syncthreads();
+#pragma unroll
+    for (int n = 0; n < D/8; ++n) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+            acc[n][e] *= rsqrtf((float) D);
+        }
+    }
 }
 
-SEQKV_FN float4 unpack4(const half * x) {
-    const uint2  u = *(const uint2 *) x;
-    const float2 a = __half22float2(*(const half2 *) &u.x), b = __half22float2(*(const half2 *) &u.y);
-    return make_float4(a.x, a.y, b.x, b.y);
-}
-SEQKV_FN uint2 pack4(float4 x) {
-    const half2 a = __floats2half2_rn(x.x, x.y), b = __floats2half2_rn(x.z, x.w);
-    return make_uint2(*(const uint32_t *) &a, *(const uint32_t *) &b);
+// acc <- z M^T, M (D, D) row-major, by all warps of the block. chunk: (64, D + 8) scratch
+template <int D>
+SEQKV_FN void dense_rows(const half * m, const half * z, half * chunk, row_values<D> & acc) {
+    constexpr int LD = D + 8;
+    const int lane = threadIdx.x%WARP_SIZE;
+#pragma unroll
+    for (int n0 = 0; n0 < D; n0 += 64) {
+        __syncthreads();
+#pragma unroll 4
+        for (int i = threadIdx.x; i < 64*D/8; i += WARPS*WARP_SIZE) {
+            copy_async16(chunk + i/(D/8)*LD + i%(D/8)*8, m + n0*D + 8*i);
+        }
+        copy_wait();
+        __syncthreads();
+#pragma unroll
+        for (int n = 0; n < 8; ++n) {
+#pragma unroll
+            for (int e = 0; e < 4; ++e) {
+                acc[n0/8 + n][e] = 0.0f;
+            }
+        }
+#pragma unroll
+        for (int k = 0; k < D; k += 16) {
+            uint32_t x[4];
+            load_a(x, z + lane%16*LD + k + lane/16*8);
+#pragma unroll
+            for (int n = 0; n < 8; n += 2) {
+                uint32_t b[4];
+                load_a(b, chunk + (8*n + lane%8 + lane/16*8)*LD + k + (lane >> 3 & 1)*8);
+                mma_f16(acc[n0/8 + n],     x, b[0], b[1]);
+                mma_f16(acc[n0/8 + n + 1], x, b[2], b[3]);
+            }
+        }
+    }
 }
 
-// values k .. k + 3 of the key of row j before the last rotation. z, out: the row in its own domain, transformed
-template <int D> SEQKV_FN float4 key_values(const seqkv_view & a, int s, int h, int j, const half * z, const float * out, int k) {
-    return j >= a.p.n_kv ? unpack4(a.exact(s, j) + h*D + k) : a.form_k == SEQKV_PLAIN ? unpack4(z + k) : *(const float4 *) (out + k);
+template <int D>
+SEQKV_FN void plain_rows(const half * z, row_values<D> & acc) {
+    const int lane = threadIdx.x%WARP_SIZE, g = lane/4, t = lane%4;
+#pragma unroll
+    for (int n = 0; n < D/8; ++n) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+            const float2 x = __half22float2(*(const half2 *) (z + (g + 8*e)*(D + 8) + 8*n + 2*t));
+            acc[n][2*e]     = x.x;
+            acc[n][2*e + 1] = x.y;
+        }
+    }
+}
+
+// Row e (g or g + 8) of acc <- a row of f16
+template <int D>
+SEQKV_FN void exact_row(const half * row, int e, row_values<D> & acc) {
+    const int t = threadIdx.x%4;
+#pragma unroll
+    for (int n = 0; n < D/8; ++n) {
+        const float2 x = __half22float2(*(const half2 *) (row + 8*n + 2*t));
+        acc[n][2*e]     = x.x;
+        acc[n][2*e + 1] = x.y;
+    }
+}
+
+// acc -> 16 rows at out, by way of z; rows that are not used: 0
+template <int D>
+SEQKV_FN void write_rows(const row_values<D> & acc, const int32_t (&used)[2], half * z, half * out) {
+    constexpr int LD = D + 8;
+    const int lane = threadIdx.x%WARP_SIZE, g = lane/4, t = lane%4;
+    __syncwarp();
+#pragma unroll
+    for (int n = 0; n < D/8; ++n) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+            *(half2 *) (z + (g + 8*e)*LD + 8*n + 2*t) = used[e] < 0 ? make_half2(0.0f, 0.0f) : __floats2half2_rn(acc[n][2*e], acc[n][2*e + 1]);
+        }
+    }
+    __syncwarp();
+    if (out) {
+#pragma unroll
+        for (int i = lane; i < WARP_ROWS*D/8; i += WARP_SIZE) {
+            *(uint4 *) (out + 8*i) = *(const uint4 *) (z + i/(D/8)*LD + i%(D/8)*8);
+        }
+        __syncwarp();
+    }
 }
 
 // Rows of the virtual axis and of its padding -> k_out, v_out (n_stream, heads of the batch, n_rows, D). blockIdx: (rows, head, stream)
 template <int D>
-static __global__ void __launch_bounds__(2*expand_rows(D)) expand_f16_kernel(seqkv_view a, int h0, int n_rows, half * k_out, half * v_out) {
-    constexpr int ROWS = expand_rows(D), LD = D + 8, NT = 2*ROWS;
+static __global__ void __launch_bounds__(WARPS*WARP_SIZE, D == 256 ? 2 : 4) expand_f16_kernel(seqkv_view a, int h0, int n_rows, half * k_out, half * v_out) {
+    constexpr int LD = D + 8;
     extern __shared__ __align__(16) half smem_h[];
-    half  * z     = smem_h;                      // (ROWS, LD)
-    half  * chunk = z + ROWS*LD;                 // (64, LD)
-    float * out   = (float *) (chunk + 64*LD);   // (ROWS, D + 4)
+    const int warp = threadIdx.x/WARP_SIZE, lane = threadIdx.x%WARP_SIZE, g = lane/4, t = lane%4;
+    half * z     = smem_h + warp*WARP_ROWS*LD; // of this warp
+    half * chunk = smem_h + EXPAND_ROWS*LD;    // (64, LD), with a profile
 
-    const int h = h0 + blockIdx.y, s = blockIdx.z, first = blockIdx.x*ROWS;
+    const int h = h0 + blockIdx.y, s = blockIdx.z, first = blockIdx.x*EXPAND_ROWS + warp*WARP_ROWS;
     const int64_t at = (((int64_t) s*gridDim.y + blockIdx.y)*n_rows + first)*D;
-    const bool cells = first < a.p.n_kv;
-    __shared__ int32_t used[ROWS]; // meta of the rows
-    for (int r = threadIdx.x; r < ROWS; r += NT) {
-        used[r] = first + r < a.n_virt ? a.meta[(int64_t) s*a.n_virt + first + r] : -1;
-    }
-    __syncthreads();
+    const int32_t meta = first + lane%WARP_ROWS < a.n_virt ? a.meta[(int64_t) s*a.n_virt + first + lane%WARP_ROWS] : -1;
+    const int32_t cell = first + lane%WARP_ROWS < a.p.n_kv ? meta : -1;
+    const bool    cells = __any_sync(0xffffffff, cell >= 0);
+    const int32_t used[2] = { __shfl_sync(0xffffffff, meta, g), __shfl_sync(0xffffffff, meta, g + 8) };
+    const auto exact = [&](int e) { return used[e] >= 0 && first + g + 8*e >= a.p.n_kv; };
+    const auto exact_at = [&](int e) { return a.exact(s, first + g + 8*e) + h*D; };
+    row_values<D> acc;
 
+    // keys
     if (cells) {
-        decode_rows<D>(a, true, s, h, first, z);
-        if (a.form_k != SEQKV_PLAIN) {
-            transform_rows<D>(a.form_k == SEQKV_DENSE ? a.tables.dec(h) : nullptr, z, chunk, out);
+        decode_rows<D>(a, true, s, h, first, cell, z);
+    }
+    if (a.form_k == SEQKV_DENSE) {
+        if ((int) blockIdx.x*EXPAND_ROWS < a.p.n_kv) { // all warps of the block
+            dense_rows<D>(a.tables.dec(h), z, chunk, acc);
+        }
+    } else if (cells && a.form_k == SEQKV_HADAMARD) {
+        hadamard_rows<D>(z, acc);
+    } else if (cells) {
+        plain_rows<D>(z, acc);
+    }
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+        if (exact(e)) {
+            exact_row<D>(exact_at(e), e, acc);
         }
     }
-    // 4 values of a row by a thread, always the same ones
-    const int c = threadIdx.x%(D/4)*4, r0 = threadIdx.x/(D/4), half_rot = a.p.n_rot/2;
-    if (a.p.n_rot % 8 == 0 && a.rot.stride % 4 == 0) {
-        const bool rotated = c < a.p.n_rot, second = a.p.neox && c >= half_rot;
-        const int  partner = !rotated ? c : !a.p.neox ? c : second ? c - half_rot : c + half_rot;
-        const int  pair    = !a.p.neox ? c/2 : second ? c - half_rot : c;
-#pragma unroll 4
-        for (int r = r0; r < ROWS; r += NT/(D/4)) {
-            float4 x = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-            if (used[r] >= 0) {
-                x = key_values<D>(a, s, h, first + r, z + r*LD, out + r*(D + 4), c);
-                if (rotated) {
-                    const float4 * cs = (const float4 *) (a.rot.origin(used[r]) + 2*pair);
-                    const float4 u = cs[0];
-                    if (a.p.neox) {
-                        const float4 y = key_values<D>(a, s, h, first + r, z + r*LD, out + r*(D + 4), partner), v = cs[1];
-                        const float  f = second ? 1.0f : -1.0f;
-                        x = make_float4(x.x*u.x + f*y.x*u.y, x.y*u.z + f*y.y*u.w, x.z*v.x + f*y.z*v.y, x.w*v.z + f*y.w*v.w);
-                    } else {
-                        x = make_float4(x.x*u.x - x.y*u.y, x.x*u.y + x.y*u.x, x.z*u.z - x.w*u.w, x.z*u.w + x.w*u.z);
-                    }
+    const bool in_registers = !a.p.neox || a.p.n_rot == D;
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+        if (used[e] < 0 || !in_registers) {
+            continue;
+        }
+        const float2 * cs = (const float2 *) a.rot.origin(used[e]);
+        if (a.p.neox) {
+#pragma unroll
+            for (int n = 0; n < D/16; ++n) {
+#pragma unroll
+                for (int c = 0; c < 2; ++c) {
+                    const float2 r = cs[8*n + 2*t + c];
+                    const float  x = acc[n][2*e + c], y = acc[n + D/16][2*e + c];
+                    acc[n][2*e + c]        = x*r.x - y*r.y;
+                    acc[n + D/16][2*e + c] = x*r.y + y*r.x;
                 }
             }
-            *(uint2 *) (k_out + at + r*D + c) = pack4(x);
-        }
-    } else {
-        for (int i = threadIdx.x; i < ROWS*D; i += NT) {
-            const int r = i/D, k = i%D;
-            float x = 0.0f;
-            if (used[r] >= 0) {
-                const auto value = [&](int k) {
-                    const float4 v = key_values<D>(a, s, h, first + r, z + r*LD, out + r*(D + 4), k & ~3);
-                    return k%4 == 0 ? v.x : k%4 == 1 ? v.y : k%4 == 2 ? v.z : v.w;
-                };
-                x = value(k);
-                if (k < a.p.n_rot) {
-                    const bool   second = a.p.neox ? k >= half_rot : k & 1;
-                    const float2 rot    = ((const float2 *) a.rot.origin(used[r]))[a.p.neox ? (second ? k - half_rot : k) : k/2];
-                    const float  other  = value(a.p.neox ? (second ? k - half_rot : k + half_rot) : k ^ 1);
-                    x = second ? other*rot.y + x*rot.x : x*rot.x - other*rot.y;
+        } else {
+#pragma unroll
+            for (int n = 0; n < D/8; ++n) {
+                if (8*n + 2*t < a.p.n_rot) {
+                    const float2 r = cs[4*n + t];
+                    const float  x = acc[n][2*e], y = acc[n][2*e + 1];
+                    acc[n][2*e]     = x*r.x - y*r.y;
+                    acc[n][2*e + 1] = x*r.y + y*r.x;
                 }
             }
-            k_out[at + r*D + k] = __float2half(x);
         }
     }
-    __syncthreads();
+    write_rows<D>(acc, used, z, in_registers ? k_out + at : nullptr);
+    if (!in_registers) { // pairs of a part of the head: neighbours are in other lanes
+        for (int i = lane; i < WARP_ROWS*D; i += WARP_SIZE) {
+            const int r = i/D, k = i%D, half_rot = a.p.n_rot/2;
+            const int32_t row = __shfl_sync(0xffffffff, meta, r);
+            float x = __half2float(z[r*LD + k]);
+            if (row >= 0 && k < a.p.n_rot) {
+                const bool   second = k >= half_rot;
+                const float2 rot    = ((const float2 *) a.rot.origin(row))[second ? k - half_rot : k];
+                const float  other  = __half2float(z[r*LD + (second ? k - half_rot : k + half_rot)]);
+                x = second ? other*rot.y + x*rot.x : x*rot.x - other*rot.y;
+            }
+            k_out[at + i] = __float2half(x);
+        }
+        __syncwarp();
+    }
 
+    // values
     if (cells) {
-        decode_rows<D>(a, false, s, h, first, z);
-        if (a.form_v != SEQKV_PLAIN) {
-            transform_rows<D>(nullptr, z, chunk, out);
+        decode_rows<D>(a, false, s, h, first, cell, z);
+        if (a.form_v == SEQKV_HADAMARD) {
+            hadamard_rows<D>(z, acc);
+        } else {
+            plain_rows<D>(z, acc);
         }
-    }
-    float4 scale = make_float4(1.0f, 1.0f, 1.0f, 1.0f), mean = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-    if (a.bits_v && a.tables.prof) {
-        const float4 v = unpack4(a.tables.v_scale(h) + c);
-        scale = make_float4(1.0f/v.x, 1.0f/v.y, 1.0f/v.z, 1.0f/v.w);
-        mean  = unpack4(a.tables.v_mean(h) + c);
-    }
-#pragma unroll 4
-    for (int r = r0; r < ROWS; r += NT/(D/4)) {
-        const int j = first + r;
-        uint2 x = make_uint2(0, 0);
-        if (used[r] >= 0) {
-            if (j >= a.p.n_kv) {
-                x = *(const uint2 *) (a.exact(s, j) + a.p.n_head_kv*D + h*D + c);
-            } else if (a.form_v == SEQKV_PLAIN) {
-                x = *(const uint2 *) (z + r*LD + c);
-            } else {
-                const float4 y = *(const float4 *) (out + r*(D + 4) + c);
-                x = pack4(make_float4(y.x*scale.x + mean.x, y.y*scale.y + mean.y, y.z*scale.z + mean.z, y.w*scale.w + mean.w));
+        if (a.bits_v && a.tables.prof) {
+#pragma unroll
+            for (int n = 0; n < D/8; ++n) {
+                const float2 scale = __half22float2(*(const half2 *) (a.tables.v_scale(h) + 8*n + 2*t));
+                const float2 mean  = __half22float2(*(const half2 *) (a.tables.v_mean (h) + 8*n + 2*t));
+#pragma unroll
+                for (int e = 0; e < 4; ++e) {
+                    acc[n][e] = e%2 ? acc[n][e]/scale.y + mean.y : acc[n][e]/scale.x + mean.x;
+                }
             }
         }
-        *(uint2 *) (v_out + at + r*D + c) = x;
     }
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+        if (exact(e)) {
+            exact_row<D>(exact_at(e) + a.p.n_head_kv*D, e, acc);
+        }
+    }
+    write_rows<D>(acc, used, z, v_out + at);
 }
 
 // mask rows -> rows of n_rows, -inf behind their end
@@ -283,7 +367,7 @@ struct expanded_op {
 bool seqkv_prefill_supported(int device, const ggml_tensor * dst) {
     const ggml_seqkv_params p = seqkv_params(dst);
     const auto & info = ggml_cuda_info().devices[device];
-    if (!turing_mma_available(info.cc) || p.dk != p.dv || expand_smem(p.dk) > info.smpbo) {
+    if (!turing_mma_available(info.cc) || p.dk != p.dv || expand_smem(p.dk, true) > info.smpbo) {
         return false;
     }
     if (p.softcap != 0.0f && p.dk == 64) { // upstream's kernels have it for 128 and 256 alone, and do not say so when asked
@@ -294,9 +378,8 @@ bool seqkv_prefill_supported(int device, const ggml_tensor * dst) {
 }
 
 template <int D> static void expand(const seqkv_view & a, int h0, int n_heads, int n_rows, half * k, half * v, cudaStream_t stream) {
-    constexpr size_t smem = expand_smem(D);
-    CUDA_SET_SHARED_MEMORY_LIMIT((expand_f16_kernel<D>), smem);
-    expand_f16_kernel<D><<<dim3(n_rows/expand_rows(D), n_heads, a.n_stream), 2*expand_rows(D), smem, stream>>>(a, h0, n_rows, k, v);
+    CUDA_SET_SHARED_MEMORY_LIMIT((expand_f16_kernel<D>), expand_smem(D, true));
+    expand_f16_kernel<D><<<dim3(n_rows/EXPAND_ROWS, n_heads, a.n_stream), WARPS*WARP_SIZE, expand_smem(D, a.form_k == SEQKV_DENSE), stream>>>(a, h0, n_rows, k, v);
 }
 
 void seqkv_prefill(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
