@@ -2,26 +2,24 @@
 //
 // A warp expands 16 rows of a KV head: levels by byte permutes, the inverse transform on tensor cores, the rotation in registers.
 // KV heads are done in batches, so that the scratch is bounded however long the context is.
-#include "seqkv-attn.cuh"
-#include "seqkv-cells.cuh"
-#include "seqkv-mma.cuh"
+#include "seqkv-decode.cuh"
 
 #include "../../ggml-cuda/fattn.cuh"
 
 static constexpr size_t SCRATCH = 256u << 20; // bytes of expanded rows at a time, more only where one KV head needs more
 static constexpr int    PAD     = 256;        // upstream's kernels are fastest on multiples of it
 
-static constexpr int WARPS       = 4;
 static constexpr int WARP_ROWS   = 16;
 static constexpr int EXPAND_ROWS = WARPS*WARP_ROWS; // of a block
-static constexpr size_t expand_smem(int d, bool dense) { return (EXPAND_ROWS + (dense ? 64 : 0))*(d + 8)*sizeof(half); }
+static constexpr __host__ __device__ int raw_pitch(int d) { return d/2 + 16; } // bytes of a raw row: the largest cell, wherever it begins in 16 bytes
+static constexpr size_t expand_smem(int d, bool dense) { return (EXPAND_ROWS + (dense ? 64 : 0))*(d + 8)*sizeof(half) + 2*EXPAND_ROWS*raw_pitch(d); }
 
 // What a lane 4*g + t has of a warp's 16 rows: columns 8*n + 2*t, + 1 of row g in acc[n][0], [1], of row g + 8 in [2], [3]
 template <int D> using row_values = float[D/8][4];
 
-// z (16, D + 8) <- cells' values in their own domain; rows that are no cells: 0. meta: of row lane%16, -1: no cell
+// z (16, D + 8) <- cells' values in their own domain; rows that are no cells: 0. meta: of row lane%16, -1: no cell; raw: cells of seqkv types
 template <int D>
-SEQKV_FN void decode_rows(const seqkv_view & a, bool is_key, int s, int h, int first, int32_t meta, half * z) {
+SEQKV_FN void decode_rows(const seqkv_view & a, bool is_key, int s, int h, int first, int32_t meta, const char * raw, const row_loader<raw_pitch(D)> & rows, half * z) {
     constexpr int LD = D + 8, NB = D/64;
     const int lane = threadIdx.x%WARP_SIZE, r = lane%WARP_ROWS, j = first + r;
     const int bits = is_key ? a.bits_k : a.bits_v, graded = is_key ? a.graded_k : 0;
@@ -34,8 +32,8 @@ SEQKV_FN void decode_rows(const seqkv_view & a, bool is_key, int s, int h, int f
             }
             continue;
         }
-        const char * cell = is_key ? a.cell_k(s, j, h) : a.cell_v(s, j, h);
         if (!bits) {
+            const char * cell = is_key ? a.cell_k(s, j, h) : a.cell_v(s, j, h);
             for (int i = 0; i < 32; ++i) {
                 dst[i] = __floats2half2_rn(other_value(is_key ? a.type_k : a.type_v, cell, 64*b + 2*i), other_value(is_key ? a.type_k : a.type_v, cell, 64*b + 2*i + 1));
             }
@@ -44,8 +42,7 @@ SEQKV_FN void decode_rows(const seqkv_view & a, bool is_key, int s, int h, int f
         const half * pred = is_key && a.form_k == SEQKV_DENSE ? a.tables.pred(h) + (meta & 255)*D + 64*b : nullptr;
         uint32_t level[16];
         float    factor[3];
-        const int skew = (int) (uintptr_t) cell & 3;
-        decode_any(bits, graded, (const uint32_t *) (cell - skew), skew + b*((is_key ? a.size_k : a.size_v)/NB), level, factor);
+        decode_any(bits, graded, (const uint32_t *) (raw + r*raw_pitch(D)), rows.begin(j) + b*((is_key ? a.size_k : a.size_v)/NB), level, factor);
 #pragma unroll
         for (int run = 0; run < 4; ++run) {
             const float f = factor[run < 2 ? run : 2];
@@ -198,8 +195,10 @@ static __global__ void __launch_bounds__(WARPS*WARP_SIZE, D == 256 ? 2 : 4) expa
     constexpr int LD = D + 8;
     extern __shared__ __align__(16) half smem_h[];
     const int warp = threadIdx.x/WARP_SIZE, lane = threadIdx.x%WARP_SIZE, g = lane/4, t = lane%4;
-    half * z     = smem_h + warp*WARP_ROWS*LD; // of this warp
-    half * chunk = smem_h + EXPAND_ROWS*LD;    // (64, LD), with a profile
+    constexpr int PITCH = raw_pitch(D);
+    char * raw   = (char *) smem_h + 2*warp*WARP_ROWS*PITCH; // keys, values of this warp's rows
+    half * z     = smem_h + EXPAND_ROWS*PITCH + warp*WARP_ROWS*LD;
+    half * chunk = smem_h + EXPAND_ROWS*(PITCH + LD);        // (64, LD), with a profile
 
     const int h = h0 + blockIdx.y, s = blockIdx.z, first = blockIdx.x*EXPAND_ROWS + warp*WARP_ROWS;
     const int64_t at = (((int64_t) s*gridDim.y + blockIdx.y)*n_rows + first)*D;
@@ -210,10 +209,24 @@ static __global__ void __launch_bounds__(WARPS*WARP_SIZE, D == 256 ? 2 : 4) expa
     const auto exact = [&](int e) { return used[e] >= 0 && first + g + 8*e >= a.p.n_kv; };
     const auto exact_at = [&](int e) { return a.exact(s, first + g + 8*e) + h*D; };
     row_values<D> acc;
+    const row_loader<PITCH> rows_k(a.cell_k(s, 0, h), a.k_nb1, a.k_nb2, a.size_k);
+    const row_loader<PITCH> rows_v(a.cell_v(s, 0, h), a.v_nb1, a.v_nb2, a.size_v);
+    if (cells && a.bits_k) {
+        rows_k.template load<WARP_ROWS>(raw, first, a.p.n_kv, lane);
+    }
+    if (cells && a.bits_v) {
+        rows_v.template load<WARP_ROWS>(raw + WARP_ROWS*PITCH, first, a.p.n_kv, lane);
+    }
 
     // keys
     if (cells) {
-        decode_rows<D>(a, true, s, h, first, cell, z);
+        if (a.bits_v) {
+            copy_wait_but<1>();
+        } else {
+            copy_wait();
+        }
+        __syncwarp();
+        decode_rows<D>(a, true, s, h, first, cell, raw, rows_k, z);
     }
     if (a.form_k == SEQKV_DENSE) {
         if ((int) blockIdx.x*EXPAND_ROWS < a.p.n_kv) { // all warps of the block
@@ -279,7 +292,9 @@ static __global__ void __launch_bounds__(WARPS*WARP_SIZE, D == 256 ? 2 : 4) expa
 
     // values
     if (cells) {
-        decode_rows<D>(a, false, s, h, first, cell, z);
+        copy_wait();
+        __syncwarp();
+        decode_rows<D>(a, false, s, h, first, cell, raw + WARP_ROWS*PITCH, rows_v, z);
         if (a.form_v == SEQKV_HADAMARD) {
             hadamard_rows<D>(z, acc);
         } else {

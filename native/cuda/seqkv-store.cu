@@ -655,7 +655,7 @@ SEQKV_FN void transform_tile(store_tile<D> & sm, const half * enc, const half * 
 // The same as the kernels above for a tile of tokens. FUSED: FRAME as well, from k and v; else the frame rows are there.
 // blockIdx: (tile, KV head, part)
 template <int D, bool FUSED>
-static __global__ void __launch_bounds__(TILE_THREADS) seqkv_write_tile_kernel(store_part part0, store_part part1, const char * k, const char * v, half * rows,
+static __global__ void __launch_bounds__(TILE_THREADS, 5) seqkv_write_tile_kernel(store_part part0, store_part part1, const char * k, const char * v, half * rows,
         seqkv_meta meta, seqkv_rot rot, ggml_seqkv_params p, int64_t k_nb1, int64_t k_nb2, int64_t v_nb1, int64_t v_nb2, int n_tokens) {
     constexpr int TOKENS = store_tile<D>::TOKENS, LDX = store_tile<D>::LDX, LDZ = store_tile<D>::LDZ, J = D/WARP_SIZE, WARPS = TILE_THREADS/WARP_SIZE;
     __shared__ store_tile<D> sm;

@@ -826,59 +826,77 @@ void llm_graph_input_seqkv::set_input(const llama_ubatch * ubatch) {
     // mask. Rows of a sequence's tokens differ in the cells behind the first of these, and in the exact ones
     const ggml_fp16_t keep = ggml_fp32_to_fp16(0.0f);
     const ggml_fp16_t drop = ggml_fp32_to_fp16(-INFINITY);
+    struct place {
+        llama_pos pos;
+        uint32_t  cell, column; // of a cell's exact row, behind n_kv
+
+        bool operator<(const place & o) const { return pos != o.pos ? pos < o.pos : column > o.column; } // that of this ubatch first
+    };
     struct sequence {
         llama_pos first;               // of its tokens in the ubatch
         std::vector<ggml_fp16_t> base; // the row of cells of that token
-        std::vector<uint32_t>    rest; // cells behind it
+        std::vector<place>       rest; // cells behind it
     };
     for (uint32_t i = 0; i < ub.n_stream; ++i) {
+        const auto & cells = sk.kv.v_cells[sk.kv.seq_to_stream[ubatch->seq_id[i*ub.n_tokens][0]]];
+        std::vector<place> sinks, exact;
+        const auto add = [&](int32_t c, uint32_t column) {
+            if (c >= 0) {
+                const llama_pos pos = cells.pos_get(c);
+                (sk.is_sink(pos) ? sinks : exact).push_back({ pos, (uint32_t) c, column });
+            }
+        };
+        for (uint32_t s = 0; s < sk.n_slots; ++s) {
+            add(ub.slot_cell[i][s], ub.n_kv + s);
+        }
+        for (uint32_t t = 0; t < ub.n_tokens; ++t) {
+            add(ub.cur_cell[i][t], ub.n_kv + sk.n_slots + t);
+        }
+        std::sort(sinks.begin(), sinks.end());
+        std::sort(exact.begin(), exact.end());
+
         std::unordered_map<llama_seq_id, sequence> sequences;
         for (uint32_t it = i*ub.n_tokens; it < (i + 1)*ub.n_tokens; ++it) {
             auto & first = sequences.try_emplace(ubatch->seq_id[it][0], sequence { ubatch->pos[it], {}, {} }).first->second.first;
             first = std::min(first, ubatch->pos[it]);
         }
         for (uint32_t it = i*ub.n_tokens; it < (i + 1)*ub.n_tokens; ++it) {
-            const llama_seq_id seq   = ubatch->seq_id[it][0];
-            const llama_pos    p1    = ubatch->pos[it];
-            const auto &       cells = sk.kv.v_cells[sk.kv.seq_to_stream[seq]];
-            sequence &         sq    = sequences[seq];
+            const llama_seq_id seq = ubatch->seq_id[it][0];
+            const llama_pos    p1  = ubatch->pos[it];
+            sequence &         sq  = sequences[seq];
             if (sq.base.empty()) {
-                sq.base.resize(ub.n_kv, drop);
+                sq.base.resize(mask->ne[0], drop);
                 for (uint32_t c = 0; c < ub.n_kv; ++c) {
                     if (cells.is_empty(c) || !cells.seq_has(c, seq)) {
                         continue;
                     }
                     if (causal && cells.pos_get(c) > sq.first) {
-                        sq.rest.push_back(c);
+                        sq.rest.push_back({ cells.pos_get(c), c, 0 });
                     } else {
                         sq.base[c] = keep;
                     }
                 }
+                std::sort(sq.rest.begin(), sq.rest.end());
             }
             ggml_fp16_t * row = (ggml_fp16_t *) mask->data + it*mask->ne[0];
-            memcpy(row, sq.base.data(), ub.n_kv*sizeof(ggml_fp16_t));
-            for (const uint32_t c : sq.rest) {
-                row[c] = cells.pos_get(c) <= p1 ? keep : drop;
+            memcpy(row, sq.base.data(), mask->nb[1]);
+            for (const place & r : sq.rest) {
+                if (r.pos > p1) {
+                    break;
+                }
+                row[r.cell] = keep;
             }
-            // of a cell and its exact row, the exact one counts within the window, that of this ubatch first
-            const auto exact = [&](int32_t c) {
-                if (c < 0 || row[c] != keep) {
-                    return drop;
+            // of a cell and its exact row, the exact one counts within the window
+            const auto move = [&](const place & r) {
+                if (row[r.cell] == keep) {
+                    row[r.cell]   = drop;
+                    row[r.column] = keep;
                 }
-                const llama_pos p0 = cells.pos_get(c);
-                if (!sk.is_sink(p0) && std::abs(p1 - p0) >= sk.n_window) {
-                    return drop;
-                }
-                row[c] = drop;
-                return keep;
             };
-            for (uint32_t t = 0; t < ub.n_tokens; ++t) {
-                row[ub.n_kv + sk.n_slots + t] = exact(ub.cur_cell[i][t]);
+            std::for_each(sinks.begin(), sinks.end(), move);
+            for (auto r = std::lower_bound(exact.begin(), exact.end(), place { p1 - sk.n_window + 1, 0, UINT32_MAX }); r != exact.end() && r->pos < p1 + sk.n_window; ++r) {
+                move(*r);
             }
-            for (uint32_t s = 0; s < sk.n_slots; ++s) {
-                row[ub.n_kv + s] = exact(ub.slot_cell[i][s]);
-            }
-            std::fill(row + n_virt, row + mask->ne[0], drop);
         }
     }
 }
