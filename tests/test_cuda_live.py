@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
-from harness import FA_OFF, SEQKV, Context, Models, Setup, api, kld, max_diff, text
+from harness import FA_OFF, SEQKV, Context, Model, Models, Setup, api, kld, max_diff, text
 
 from seqkv_edge.engine import devices
 
@@ -94,8 +95,8 @@ def test_codes_cost_what_they_cost_on_the_cpu(gpu: Models, cpu: Models, name: st
     assert 0.8 <= cost[0] / cost[1] <= 1.25
 
 
-def test_attention_stays_on_the_gpu(gpu: Models, backend: str) -> None:
-    """No op of the cache is placed on the CPU when all layers are offloaded."""
+def buffers_of_ops(model: Model, batches: tuple[int, ...] = (1, 3, 40)) -> dict[str, set[str]]:
+    """Names of the buffers that results of the cache's ops lie in, by op."""
     lib = api._lib
     lib.ggml_op_desc.argtypes, lib.ggml_op_desc.restype = [ctypes.c_void_p], ctypes.c_char_p
     lib.ggml_backend_buffer_name.argtypes, lib.ggml_backend_buffer_name.restype = [ctypes.c_void_p], ctypes.c_char_p
@@ -109,11 +110,51 @@ def test_attention_stays_on_the_gpu(gpu: Models, backend: str) -> None:
             seen.setdefault(op, set()).add(lib.ggml_backend_buffer_name(buffer).decode())
         return not ask
 
-    for n in (1, 3, 40):
-        with Context(gpu("llama"), Setup(kv="seqkv3"), cb_eval=(look, 0)) as c:
+    for n in batches:
+        with Context(model, Setup(kv="seqkv3"), cb_eval=(look, 0)) as c:
             c.decode(text(n))
     assert set(seen) == {"SEQKV_FRAME", "SEQKV_STORE", "SEQKV_ATTN"}
+    return seen
+
+
+def test_attention_stays_on_the_gpu(gpu: Models, backend: str) -> None:
+    """No op of the cache is placed on the CPU when all layers are offloaded."""
+    seen = buffers_of_ops(gpu("llama"))
     assert all(name.startswith(backend) for names in seen.values() for name in names), seen
+
+
+def test_some_layers_on_the_gpu(gpu: Models, cpu: Models, backend: str, tmp_path: Path) -> None:
+    """With a part of the layers offloaded the others are the CPU's, and the codes cost the same."""
+    tokens = text(330)
+    want, some = truth(cpu, "llama-3l", tokens), Models(tmp_path, 2)  # the output counts as a layer
+    try:
+        for op, names in buffers_of_ops(some("llama-3l")).items():
+            assert {name.startswith(backend) for name in names} == {True, False}, (op, names)
+        cost = []
+        for models in (some, cpu):
+            with Context(models("llama-3l"), Setup(kv="seqkv3")) as c:
+                got = np.concatenate([c.decode(tokens[:200]), c.decode(tokens[200:], step=1)])
+            cost.append(kld(want, got)[90:].mean())
+        assert cost[1] > 1e-5
+        assert 0.8 <= cost[0] / cost[1] <= 1.25
+    finally:
+        some.close()
+
+
+def test_layers_on_several_gpus(gpu: Models, cpu: Models, backend: str) -> None:
+    """Layers that are split over GPUs keep their caches there, and the codes cost the same."""
+    if sum(d.gpu and d.name.startswith(backend) for d in devices()) < 2:
+        pytest.skip("one GPU")
+    for op, names in buffers_of_ops(gpu("llama-3l")).items():
+        assert len(names) > 1 and all(name.startswith(backend) for name in names), (op, names)
+    tokens = text(330)
+    want, cost = truth(cpu, "llama-3l", tokens), []
+    for models in (gpu, cpu):
+        with Context(models("llama-3l"), Setup(kv="seqkv3")) as c:
+            got = np.concatenate([c.decode(tokens[:200]), c.decode(tokens[200:], step=1)])
+        cost.append(kld(want, got)[90:].mean())
+    assert cost[1] > 1e-5
+    assert 0.8 <= cost[0] / cost[1] <= 1.25
 
 
 @pytest.mark.parametrize("n_window", [64, 512])

@@ -194,11 +194,21 @@ struct test_seqkv : public test_case {
                 cases.emplace_back(new test_seqkv(GGML_OP_SEQKV_FRAME, GGML_TYPE_SEQKV3, GGML_TYPE_SEQKV3, d, 64, 2, 1, 256, 68, 7, 2, SHIFTED, true, false, neox));
             }
             for (const bool profile : { false, true }) {
-                for (const ggml_type t : keys) {
-                    cases.emplace_back(new test_seqkv(GGML_OP_SEQKV_STORE, t, GGML_TYPE_F16, d, 64, 2, 1, 256, 68, 33, 2, SHIFTED, profile, false, false, d/2));
-                }
-                for (const ggml_type t : values) {
-                    cases.emplace_back(new test_seqkv(GGML_OP_SEQKV_STORE, t, t, 64, d, 3, 1, 256, 68, 33, 1, IN_ORDER, profile));
+                for (const int64_t n_tokens : { 3, 33 }) { // GPUs have kernels for few tokens and for many
+                    if (n_tokens == 3 && d != 128) {
+                        continue;
+                    }
+                    for (const ggml_type t : keys) {
+                        cases.emplace_back(new test_seqkv(GGML_OP_SEQKV_STORE, t, GGML_TYPE_F16, d, 64, 2, 1, 256, 68, n_tokens, 2, SHIFTED, profile, false, false, d/2));
+                    }
+                    for (const ggml_type t : values) {
+                        cases.emplace_back(new test_seqkv(GGML_OP_SEQKV_STORE, t, t, 64, d, 3, 1, 256, 68, n_tokens, 1, IN_ORDER, profile));
+                    }
+                    for (const ggml_type t : others) {
+                        if (d == 128 && !profile && t != GGML_TYPE_F16) {
+                            cases.emplace_back(new test_seqkv(GGML_OP_SEQKV_STORE, t, t, 64, d, 3, 1, 256, 68, n_tokens, 1, IN_ORDER, profile));
+                        }
+                    }
                 }
             }
             for (const int64_t n_tokens : { 1, 3, 64, 75 }) {
