@@ -35,8 +35,15 @@ static uint64_t hash_model(const llama_model & model) {
     if (model.hparams.no_alloc) {
         return h;
     }
-    std::vector<uint8_t> buf;
+    // by name: the model has them in the order of its buffers, tied embeddings perhaps twice
+    std::map<std::string, const ggml_tensor *> tensors;
     for (const auto & [name, t] : model.tensors_by_name) {
+        if (t == model.tok_embd || !tensors.count(name)) {
+            tensors[name] = t;
+        }
+    }
+    std::vector<uint8_t> buf;
+    for (const auto & [name, t] : tensors) {
         h = hash_bytes(h, name.data(), name.size());
         h = hash_bytes(h, &t->type, sizeof(t->type));
         h = hash_bytes(h, t->ne, sizeof(t->ne));
