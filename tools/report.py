@@ -57,6 +57,14 @@ def speed(file: str = "speed.json") -> str:
     return table(["KV cache"] + [f"{m} at {d:,}" for m in ("decode", f"prefill {n}") for d in depths] + ["us per 1,000 cached"], body)
 
 
+def cuda_shapes() -> str:
+    body = []
+    for shape, rows in json.loads((ROOT / "docs/cuda-shapes.json").read_text()).items():
+        f16 = {r["depth"]: r["decode_tps"] for r in rows if r["kv"] == "f16"}
+        body += [[shape, r["kv"], f"{r['depth']:,}", f"{r['decode_tps']:.0f}", f"{r['decode_tps'] / f16[r['depth']]:.2f}"] for r in rows]
+    return table(["shape", "KV cache", "depth", "decode", "to f16"], body)
+
+
 def cuda_quality() -> str:
     result = json.loads((ROOT / "docs/cuda.json").read_text())["quality"]
     body = [[a["kv"], f"{a['kld_mean']:.5f} ± {a['kld_sem']:.5f}", f"{b['kld_mean']:.5f} ± {b['kld_sem']:.5f}"] for a, b in zip(result["gpu"], result["cpu"])]
@@ -145,7 +153,7 @@ def retrieval() -> str:
 
 
 TABLES = {
-    "quality": quality, "quality_f32": lambda: quality("quality-f32.json"), "speed": speed, "speed_1b": lambda: speed("speed-1b.json"), "speed_1b_4096": lambda: speed("speed-1b-4096.json"), "speed_8b": lambda: speed("speed-8b.json"), "cuda": lambda: speed("cuda.json"), "cuda_deep": lambda: speed("cuda-deep.json"), "cuda_2048": lambda: speed("cuda-2048.json"), "cuda_quality": cuda_quality, "store": store, "tiers": tiers, "ratios": ratios, "memory": memory, "drift": drift, "texts": texts, "outliers": outliers, "greedy": greedy, "retrieval": retrieval,
+    "quality": quality, "quality_f32": lambda: quality("quality-f32.json"), "speed": speed, "speed_1b": lambda: speed("speed-1b.json"), "speed_1b_4096": lambda: speed("speed-1b-4096.json"), "speed_8b": lambda: speed("speed-8b.json"), "cuda": lambda: speed("cuda.json"), "cuda_deep": lambda: speed("cuda-deep.json"), "cuda_2048": lambda: speed("cuda-2048.json"), "cuda_shapes": cuda_shapes, "cuda_quality": cuda_quality, "store": store, "tiers": tiers, "ratios": ratios, "memory": memory, "drift": drift, "texts": texts, "outliers": outliers, "greedy": greedy, "retrieval": retrieval,
 }  # fmt: skip
 
 
