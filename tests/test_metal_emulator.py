@@ -80,6 +80,23 @@ constant float table[4] = { 1.0f, 2.0f, 4.0f, 8.0f };
 kernel void tabled(device const int * x, device float * y, ushort lane [[thread_index_in_simdgroup]]) {
     y[lane] = table[x[lane]] + (x[lane] & 2);
 }
+kernel void copies(device const int * x, device int * y, ushort lane [[thread_index_in_simdgroup]]) {
+    threadgroup int shared[32*16];
+    int own[16];
+    for (int i = 0; i < 16; ++i) {
+        own[i] = x[16*lane + i];
+    }
+    for (int i = 0; i < 16; ++i) {
+        shared[16*lane + i] = own[i]; // a call of memcpy
+    }
+    simdgroup_barrier(mem_flags::mem_device | mem_flags::mem_threadgroup);
+    for (int i = 0; i < 16; ++i) {
+        y[16*lane + i] = shared[(16*lane + 16*i + i)%512];
+    }
+}
+kernel void dots(device const half4 * x, device float * y, ushort lane [[thread_index_in_simdgroup]]) {
+    y[lane] += dot((float4) x[lane], (float4) x[31 - lane]);
+}
 template <typename T>
 kernel void multiply(device const T * a, device const T * b, device float * c) {
     simdgroup_matrix<T, 8, 8> ma, mb;
@@ -131,6 +148,21 @@ def test_tables(good: emulator.Library) -> None:
     assert (counters["constant_loads"], counters["integer_operations"], counters["float_operations"]) == (32, 32, 32)
 
 
+def test_copies_are_accesses(good: emulator.Library) -> None:
+    x, y = np.arange(512, dtype=np.int32), np.zeros(512, np.int32)
+    counters = run(good, "copies", (1, 1, 1), 32, [x, y])
+    i = np.arange(512)
+    assert (y == x[(i // 16 * 16 + i % 16 * 17) % 512]).all()
+    assert counters["load_bytes"] == counters["store_bytes"] == 2048 and counters["threadgroup_bytes"] == 2 * 2048
+
+
+def test_a_dot_is_seven_operations(good: emulator.Library) -> None:
+    """Not what a vector unit of the CPU would do for it."""
+    x, y = np.ones((32, 4), np.float16), np.ones(32, np.float32)
+    counters = run(good, "dots", (1, 1, 1), 32, [x, y])
+    assert (y == 5).all() and counters["float_operations"] == 32 * (4 + 3 + 1)
+
+
 @pytest.mark.parametrize(("dtype", "name"), [(np.float32, "multiply_f32"), (np.float16, "multiply_f16")])
 def test_simdgroup_matrices(good: emulator.Library, dtype: type, name: str) -> None:
     rng = np.random.default_rng(2)
@@ -160,6 +192,9 @@ FAULTS = [
     ("threadgroup array too short", "part[4]", "part[3]", "sums", "outside of threadgroup memory"),
     ("threadgroup memory too large", "part[4]", "part[8193]", "sums", "more than 32 KB"),
     ("no barrier of the simdgroup", "    simdgroup_barrier(mem_flags::mem_threadgroup);", "", "reversed", "race|not written"),
+    ("a copy too short", "for (int i = 0; i < 16; ++i) {\n        shared", "for (int i = 0; i < 15; ++i) {\n        shared", "copies", "not written"),
+    ("a copy from behind a buffer", "= x[16*lane + i];", "= x[16*lane + 1 + i];", "copies", "outside of all buffers|beyond the end"),
+    ("no barrier after a copy", "    simdgroup_barrier(mem_flags::mem_device | mem_flags::mem_threadgroup);", "", "copies", "race|not written"),
     ("misaligned load", "2.0h*x[lane]", "2.0h*((device const half4 *) ((device const half *) x + 1))[min((int) lane, 30)]", "reversed", "misaligned load of 8 bytes"),
     ("shared memory behind its end", "shared[31 - lane]", "shared[32 - lane]", "reversed", "outside of threadgroup memory"),
     ("lane that there is not", "(ushort) (31 - lane)", "(ushort) (32 - lane)", "shuffles", "a lane that there is not"),
@@ -170,8 +205,8 @@ FAULTS = [
 def test_faults_are_found_in_every_order(old: str, new: str, kernel: str, says: str) -> None:
     assert GOOD.count(old) == 1
     library = emulator.load(GOOD.replace(old, new), CACHE, rf"^{kernel}$")
-    y = {"sums": np.zeros(2, np.float32), "reversed": np.zeros(128, np.float16), "shuffles": np.zeros(192, np.int32)}[kernel]
-    x = {"sums": np.zeros(256, np.float32), "reversed": np.zeros(128, np.float16), "shuffles": np.zeros(32, np.int32)}[kernel]
+    y = {"sums": np.zeros(2, np.float32), "reversed": np.zeros(128, np.float16), "shuffles": np.zeros(192, np.int32), "copies": np.zeros(512, np.int32)}[kernel]
+    x = {"sums": np.zeros(256, np.float32), "reversed": np.zeros(128, np.float16), "shuffles": np.zeros(32, np.int32), "copies": np.zeros(512, np.int32)}[kernel]
     for schedule in SCHEDULES:
         with pytest.raises(emulator.EmulatorError, match=says):
             run(library, kernel, (y.size if kernel == "sums" else 1, 1, 1), 128 if kernel == "sums" else 32, [x, y], 256, {5: 1}, schedule)
