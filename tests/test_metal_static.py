@@ -15,7 +15,7 @@ from test_metal_kernels import CACHE, Cases, emulator, patched_tree, sources
 ROOT = Path(__file__).resolve().parents[1]
 HEADER = ROOT / "native" / "metal" / "seqkv-metal.h"
 THREADGROUP_BYTES = 32 * 1024
-SIZES = {"float": 4, "float4": 16, "half": 2, "half4": 8, "int": 4, "uchar": 1}
+SIZES = {"float": 4, "float2": 8, "float4": 16, "half": 2, "half2": 4, "half4": 8, "int": 4, "uint": 4, "uchar": 1}
 
 # CMakeLists.txt of ggml-metal without Apple's frameworks; the assembler's part fails elsewhere, after the sources are written
 PROJECT = """
