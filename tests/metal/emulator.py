@@ -261,8 +261,8 @@ class Library:
 
     def run(self, name: str, grid: Sequence[int], threads: int | Sequence[int], buffers: Mapping[int, int], regions: Sequence[tuple[int, int]],
             threadgroup_bytes: int | Mapping[int, int] = 0, constants: Mapping[int, int] = {}, schedule: int = 0, lockstep: bool = False) -> dict[str, int]:  # fmt: skip
-        """buffers: address by index. regions: (address, bytes) of all memory that the kernel may touch. lockstep: threads of a
-        simdgroup are not checked for races with each other. Returns COUNTERS."""
+        """buffers: address by index. regions: (address, bytes) of all memory that the kernel may touch. lockstep: a
+        simdgroup runs as if it had one program counter, and races within it are none. Returns COUNTERS."""
         shape = (threads, 1, 1) if isinstance(threads, int) else threads
         sizes = {0: threadgroup_bytes} if isinstance(threadgroup_bytes, int) else threadgroup_bytes
 
@@ -307,7 +307,7 @@ def load(source: str, cache: Path, kernels: str = "", baked: Mapping[int, int] =
         if not machine.exists():
             run_clang(["-std=c++17", "-O2", "-fPIC", "-c", "-o", Path(scratch) / "machine.o", HERE / "machine.cpp"])
             (Path(scratch) / "machine.o").rename(machine)
-        run_clang(["-O2", "-fPIC", "-mf16c", "-w", "-c", "-Xclang", "-disable-llvm-passes", "-o", code, ir])
+        run_clang(["-O2", "-fPIC", "-mf16c", "-w", "-c", "-Xclang", "-disable-llvm-passes", "-mllvm", "-disable-block-placement", "-o", code, ir])
         run_clang(["-shared", "-Wl,-Bsymbolic", "-o", library, code, machine])
         library.rename(built)
     return Library(built)
