@@ -63,7 +63,7 @@ class Cases:
         lib.metal_open.restype = ctypes.c_void_p
         lib.metal_error.restype = ctypes.c_double
         lib.metal_differs.restype = ctypes.c_int64
-        lib.metal_supports_store.restype = ctypes.c_bool
+        lib.metal_supports.restype = ctypes.c_bool
         lib.metal_text.argtypes = lib.metal_close.argtypes = [ctypes.c_void_p]
         lib.metal_error.argtypes = lib.metal_differs.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
         self.names = [lib.metal_case(i).decode() for i in range(lib.metal_n_cases())]

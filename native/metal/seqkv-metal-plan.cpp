@@ -43,11 +43,13 @@ static int form_of(ggml_type type, const ggml_tensor * prof) {
 bool ggml_seqkv_metal_supported(const ggml_tensor * op) {
     const ggml_seqkv_params p = params_of(op);
     const auto head  = [](int d) { return d == 0 || d == 64 || d == 128 || d == 256; }; // 0: only the type is asked about
-    const auto cells = [](const ggml_tensor * t) { return !t || cell_of(t->type) >= 0; }; // sources may be missing: what is there is asked about
+    // sources may be missing: what is there is asked about. Values are not graded.
+    const auto cells  = [](const ggml_tensor * t) { return !t || cell_of(t->type) >= 0; };
+    const auto values = [&](const ggml_tensor * t) { return !t || (cells(t) && !ggml_seqkv_graded(t->type)); };
     switch (op->op) {
         case GGML_OP_SEQKV_FRAME: return true;
-        case GGML_OP_SEQKV_STORE: return p.part == GGML_SEQKV_ROW || (head(p.part == GGML_SEQKV_KEY ? p.dk : p.dv) && cells(op));
-        case GGML_OP_SEQKV_ATTN:  return head(p.dk) && head(p.dv) && cells(op->src[1]) && cells(op->src[2]);
+        case GGML_OP_SEQKV_STORE: return p.part == GGML_SEQKV_ROW || (p.part == GGML_SEQKV_KEY ? head(p.dk) && cells(op) : head(p.dv) && values(op));
+        case GGML_OP_SEQKV_ATTN:  return head(p.dk) && head(p.dv) && cells(op->src[1]) && values(op->src[2]);
         default:                  return false;
     }
 }

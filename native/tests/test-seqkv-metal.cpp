@@ -254,21 +254,29 @@ int64_t metal_differs(void * handle, const uint8_t * data) {
     return n;
 }
 
-// whether STORE into cells of a type (part: enum ggml_seqkv_part), heads of d values, is said to be possible
-bool metal_supports_store(const char * type, int part, int d) {
-    for (int i = 0; i < GGML_TYPE_COUNT; ++i) {
-        if (ggml_type_name((ggml_type) i) && !strcmp(ggml_type_name((ggml_type) i), type)) {
-            ggml_seqkv_params p = {};
-            p.part = part;
-            p.dk   = p.dv = d;
-            ggml_tensor op = {};
-            op.op   = GGML_OP_SEQKV_STORE;
-            op.type = (ggml_type) i;
-            memcpy(op.op_params, &p, sizeof(p));
-            return ggml_seqkv_metal_supported(&op);
+// whether STORE of a part (enum ggml_seqkv_part) into cells of a type, or ATTN with keys of it and values of another, is said to be possible
+bool metal_supports(const char * type, int part, const char * type_v, int dk, int dv) {
+    const auto type_of = [](const char * name) {
+        int i = 0;
+        while (i < GGML_TYPE_COUNT && (!ggml_type_name((ggml_type) i) || strcmp(ggml_type_name((ggml_type) i), name))) {
+            ++i;
         }
-    }
-    return false;
+        GGML_ASSERT(i < GGML_TYPE_COUNT);
+        return (ggml_type) i;
+    };
+    ggml_seqkv_params p = {};
+    p.part = part;
+    p.dk   = dk;
+    p.dv   = dv;
+    ggml_tensor op = {}, k = {}, v = {};
+    op.op     = type_v ? GGML_OP_SEQKV_ATTN : GGML_OP_SEQKV_STORE;
+    op.type   = type_v ? GGML_TYPE_F32 : type_of(type);
+    k.type    = type_of(type);
+    v.type    = type_v ? type_of(type_v) : GGML_TYPE_F32;
+    op.src[1] = &k;
+    op.src[2] = &v;
+    memcpy(op.op_params, &p, sizeof(p));
+    return ggml_seqkv_metal_supported(&op);
 }
 
 void metal_close(void * handle) { delete (run *) handle; }
