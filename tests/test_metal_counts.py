@@ -1,21 +1,21 @@
-"""What decode costs per key at head_dim 128 and 4 queries a KV head, counted by the emulator: ours beside upstream's f16 and q8_0.
+"""What decode costs per key at head_dim 128 and 4 queries a KV head, counted by the emulator: ours beside upstream's f16, q8_0 and q4_0.
 
 python tests/test_metal_counts.py     # the table of docs/decisions.md
 """
 
 from __future__ import annotations
 
-import ctypes
 import json
 import re
 from pathlib import Path
 
-import numpy as np
+import pytest
 from test_metal_emulator import Attention
 from test_metal_kernels import CACHE, FC_SEQKV, Cases, emulator, patched_tree, sources
 
 KEYS = 4096
-NAMES = ("load_bytes", "loads", "float_operations", "matrix", "integer_operations")
+NAMES = ("load_bytes", "loads", "float_operations", "integer_operations", "matrix")
+BITS = {"f16": 16, "q8_0": 8.5, "q4_0": 4.5}
 Counts = dict[str, float]
 
 
@@ -26,44 +26,65 @@ def upstream(tree: Path, type_: str) -> Counts:
     return {name: counters[name] / KEYS for name in NAMES}
 
 
-def ours(cases: Cases, text: str, bits: int) -> Counts:
-    """All three kernels. Decode skips what the mask of the case leaves out, so that its counts are divided by what is left."""
-    i = next(i for i, name in enumerate(cases.names) if f"type_k=seqkv{bits}k,type_v=seqkv{bits},dk=128" in name and f"n_kv={KEYS}" in name)
+def ours(cases: Cases, text: str, bits: int, profile: bool) -> Counts:
+    """All three kernels, on 4,096 cells that are all attended to, and the exact rows besides."""
+    type_k = f"seqkv{bits}{'k' if profile else ''}"
+    i = next(i for i, name in enumerate(cases.names) if f"type_k={type_k},type_v=seqkv{bits},dk=128" in name and f"n_kv={KEYS}" in name)
     handle = cases.lib.metal_open(i)
-    plan = json.loads(cases.lib.metal_text(handle))
-    query, decode, reduce = plan["steps"]
-    address, n_bytes = plan["tensors"][decode["buffers"][2][0]]
-    attended = np.frombuffer((ctypes.c_uint8 * n_bytes).from_address(address), np.uint16)[:KEYS] == 0
-    n_attended = int(attended.sum())
+    steps = json.loads(cases.lib.metal_text(handle))["steps"]
     cases.lib.metal_close(handle)
-    library = emulator.load(text, CACHE, baked={FC_SEQKV + k: value for k, value in enumerate(query["constants"])})
-    error, allowed, _, counters = cases.run(i, {step["kernel"]: library for step in plan["steps"]}, 0)
+    library = emulator.load(text, CACHE, baked={FC_SEQKV + k: value for k, value in enumerate(steps[0]["constants"])})
+    error, allowed, _, counters = cases.run(i, {step["kernel"]: library for step in steps}, 0)
     assert error <= allowed
-    return {
-        name: sum(counters[step["kernel"]][name] / (n_attended if step is decode else KEYS) for step in (query, decode, reduce))
-        for name in NAMES
-    }
+    return {name: sum(counters[step["kernel"]][name] for step in steps) / KEYS for name in NAMES}
 
 
 def table() -> dict[str, Counts]:
+    """Arithmetic: floats, integers, and 2 for each of a matrix operation's 512 multiply-adds."""
     tree = patched_tree()
     cases, text = Cases(tree), sources(tree)["seqkv_attn.metal"]
-    return {**{name: upstream(tree, name) for name in ("f16", "q8_0")}, **{f"seqkv{bits}": ours(cases, text, bits) for bits in (4, 3, 2)}}
+    rows = {name: upstream(tree, name) for name in BITS}
+    for profile in (True, False):
+        rows |= {f"seqkv{bits}{'' if profile else ', no profile'}": ours(cases, text, bits, profile) for bits in (4, 3, 2)}
+    for row in rows.values():
+        row["arithmetic"] = row["float_operations"] + row["integer_operations"] + 1024 * row["matrix"]
+    return rows
 
 
-def test_decode_costs_less_than_upstream() -> None:
-    rows = table()
-    full = rows["q8_0"]
-    assert full["load_bytes"] > 4 * 2 * 136  # four heads that read K and V each
-    for bits in (2, 3, 4):
-        row = rows[f"seqkv{bits}"]
-        assert row["load_bytes"] < 0.45 * full["load_bytes"]
-        assert row["float_operations"] + 1024 * row["matrix"] < full["float_operations"]  # a matrix operation is 512 multiply-adds
-        assert row["float_operations"] + row["integer_operations"] < full["float_operations"] + full["integer_operations"]
-    assert rows["seqkv2"]["load_bytes"] < rows["seqkv3"]["load_bytes"] < rows["seqkv4"]["load_bytes"]
+@pytest.fixture(scope="module")
+def rows() -> dict[str, Counts]:
+    return table()
+
+
+def test_upstream_is_counted(rows: dict[str, Counts]) -> None:
+    """Four heads, each of which reads K and V and makes 256 multiply-adds."""
+    for name, bits in BITS.items():
+        assert rows[name]["load_bytes"] > 4 * 2 * 128 * bits / 8
+        assert rows[name]["float_operations"] > 4 * 512
+    assert rows["f16"]["float_operations"] < 1.1 * 4 * 512
+
+
+@pytest.mark.parametrize(("bits", "bits_per_value"), [(4, 4.1875), (3, 3.1875), (2, 2.1875)])
+def test_decode_costs_less_than_upstream(rows: dict[str, Counts], bits: int, bits_per_value: float) -> None:
+    with_profile, without = rows[f"seqkv{bits}"], rows[f"seqkv{bits}, no profile"]
+    for row in (with_profile, without):
+        assert row["float_operations"] + row["integer_operations"] < rows["q8_0"]["arithmetic"]
+        assert row["arithmetic"] < rows["q4_0"]["arithmetic"]
+    assert without["arithmetic"] < rows["q8_0"]["arithmetic"]  # with one, D for each frame's queries is more: 2 matrices
+    for name, upstream_bits in BITS.items():  # bytes as the bits, and a twentieth
+        assert with_profile["load_bytes"] / rows[name]["load_bytes"] < 1.06 * bits_per_value / upstream_bits
+        assert without["load_bytes"] / rows[name]["load_bytes"] < bits_per_value / upstream_bits
+
+
+def test_bytes_follow_the_bits(rows: dict[str, Counts]) -> None:
+    """A bit more is 32 bytes of blocks a key, and nothing else."""
+    for suffix in ("", ", no profile"):
+        sizes = [rows[f"seqkv{bits}{suffix}"]["load_bytes"] for bits in (2, 3, 4)]
+        assert all(abs(b - a - 32) < 1 for a, b in zip(sizes, sizes[1:]))
 
 
 if __name__ == "__main__":
-    print("| KV cache | " + " | ".join(re.sub("_", " ", name) for name in NAMES) + " |\n|" + "---|" * (len(NAMES) + 1))
+    names = [*NAMES, "arithmetic"]
+    print("| KV cache | " + " | ".join(re.sub("_", " ", name) for name in names) + " |\n|" + "---|" * (len(names) + 1))
     for label, row in table().items():
-        print(f"| {label} | " + " | ".join(f"{row[name]:,.0f}" for name in NAMES) + " |")
+        print(f"| {label} | " + " | ".join(f"{row[name]:,.0f}" for name in names) + " |")

@@ -80,6 +80,23 @@ constant float table[4] = { 1.0f, 2.0f, 4.0f, 8.0f };
 kernel void tabled(device const int * x, device float * y, ushort lane [[thread_index_in_simdgroup]]) {
     y[lane] = table[x[lane]] + (x[lane] & 2);
 }
+kernel void copies(device const int * x, device int * y, ushort lane [[thread_index_in_simdgroup]]) {
+    threadgroup int shared[32*16];
+    int own[16];
+    for (int i = 0; i < 16; ++i) {
+        own[i] = x[16*lane + i];
+    }
+    for (int i = 0; i < 16; ++i) {
+        shared[16*lane + i] = own[i]; // a call of memcpy
+    }
+    simdgroup_barrier(mem_flags::mem_device | mem_flags::mem_threadgroup);
+    for (int i = 0; i < 16; ++i) {
+        y[16*lane + i] = shared[(16*lane + 16*i + i)%512];
+    }
+}
+kernel void dots(device const half4 * x, device float * y, ushort lane [[thread_index_in_simdgroup]]) {
+    y[lane] += dot((float4) x[lane], (float4) x[31 - lane]);
+}
 template <typename T>
 kernel void multiply(device const T * a, device const T * b, device float * c) {
     simdgroup_matrix<T, 8, 8> ma, mb;
@@ -95,6 +112,29 @@ template [[host_name("multiply_f32")]] kernel multiply_t      multiply<float>;
 template [[host_name("multiply_f16")]] kernel multiply_half_t multiply<half>;
 """
 )
+
+LOCKSTEP = HEAD + """
+kernel void lockstep(device const int * x, device int * y, ushort i [[thread_index_in_threadgroup]],
+        ushort lane [[thread_index_in_simdgroup]], ushort sg [[simdgroup_index_in_threadgroup]]) {
+    threadgroup int shared[2][32], same[32];
+    shared[sg][lane] = x[lane];
+    same[lane] = 5*x[lane];
+    int sum = 0;
+    for (int k = 0; k <= lane%4; ++k) {
+        sum += shared[sg][(lane + k + 1)%32];
+    }
+    if (lane == 3) {
+        shared[sg][lane] = 99;
+        shared[sg][7]    = 99;
+    } else if (lane%2 == 0) {
+        shared[sg][9] = sum; // the last lane's stays
+    }
+    shared[sg][lane] += shared[sg][(lane + 7)%32];
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    y[i]      = sum;
+    y[64 + i] = shared[sg][lane] + same[31 - lane];
+}
+"""
 
 
 @pytest.fixture(scope="module")
@@ -131,6 +171,44 @@ def test_tables(good: emulator.Library) -> None:
     assert (counters["constant_loads"], counters["integer_operations"], counters["float_operations"]) == (32, 32, 32)
 
 
+def test_copies_are_accesses(good: emulator.Library) -> None:
+    x, y = np.arange(512, dtype=np.int32), np.zeros(512, np.int32)
+    counters = run(good, "copies", (1, 1, 1), 32, [x, y])
+    i = np.arange(512)
+    assert (y == x[(i // 16 * 16 + i % 16 * 17) % 512]).all()
+    assert counters["load_bytes"] == counters["store_bytes"] == 2048 and counters["threadgroup_bytes"] == 2 * 2048
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_lockstep(schedule: int) -> None:
+    """A simdgroup goes through the code as one thread does; two of them may store the same."""
+    x, y = np.arange(32, dtype=np.int32) ** 2, np.zeros(128, np.int32)
+    library = emulator.load(LOCKSTEP, CACHE)
+    run(library, "lockstep", (1, 1, 1), 64, [x, y], lockstep=True, schedule=schedule)
+    lane = np.arange(32)
+    sums = sum(np.where(k <= lane % 4, x[(lane + k + 1) % 32], 0) for k in range(4))
+    shared = x.copy()
+    shared[[3, 7]] = 99
+    stored = y.reshape(2, 2, 32)[1] - 5 * x[::-1]
+    for own in stored:
+        shared[9] = own[9] - shared[16]  # by any of the even lanes
+        assert shared[9] in sums[::2]
+        assert (own == shared + shared[(lane + 7) % 32]).all()
+    assert (y.reshape(2, 2, 32)[0] == sums).all()
+    with pytest.raises(emulator.EmulatorError, match="race|not written"):
+        run(library, "lockstep", (1, 1, 1), 64, [x, y], schedule=schedule)
+    other = emulator.load(LOCKSTEP.replace("5*x[lane]", "(5 + sg)*x[lane]"), CACHE)
+    with pytest.raises(emulator.EmulatorError, match="race: store of 4 bytes of threadgroup memory"):
+        run(other, "lockstep", (1, 1, 1), 64, [x, y], lockstep=True, schedule=schedule)
+
+
+def test_a_dot_is_seven_operations(good: emulator.Library) -> None:
+    """Not what a vector unit of the CPU would do for it."""
+    x, y = np.ones((32, 4), np.float16), np.ones(32, np.float32)
+    counters = run(good, "dots", (1, 1, 1), 32, [x, y])
+    assert (y == 5).all() and counters["float_operations"] == 32 * (4 + 3 + 1)
+
+
 @pytest.mark.parametrize(("dtype", "name"), [(np.float32, "multiply_f32"), (np.float16, "multiply_f16")])
 def test_simdgroup_matrices(good: emulator.Library, dtype: type, name: str) -> None:
     rng = np.random.default_rng(2)
@@ -160,6 +238,9 @@ FAULTS = [
     ("threadgroup array too short", "part[4]", "part[3]", "sums", "outside of threadgroup memory"),
     ("threadgroup memory too large", "part[4]", "part[8193]", "sums", "more than 32 KB"),
     ("no barrier of the simdgroup", "    simdgroup_barrier(mem_flags::mem_threadgroup);", "", "reversed", "race|not written"),
+    ("a copy too short", "for (int i = 0; i < 16; ++i) {\n        shared", "for (int i = 0; i < 15; ++i) {\n        shared", "copies", "not written"),
+    ("a copy from behind a buffer", "= x[16*lane + i];", "= x[16*lane + 1 + i];", "copies", "outside of all buffers|beyond the end"),
+    ("no barrier after a copy", "    simdgroup_barrier(mem_flags::mem_device | mem_flags::mem_threadgroup);", "", "copies", "race|not written"),
     ("misaligned load", "2.0h*x[lane]", "2.0h*((device const half4 *) ((device const half *) x + 1))[min((int) lane, 30)]", "reversed", "misaligned load of 8 bytes"),
     ("shared memory behind its end", "shared[31 - lane]", "shared[32 - lane]", "reversed", "outside of threadgroup memory"),
     ("lane that there is not", "(ushort) (31 - lane)", "(ushort) (32 - lane)", "shuffles", "a lane that there is not"),
@@ -170,8 +251,8 @@ FAULTS = [
 def test_faults_are_found_in_every_order(old: str, new: str, kernel: str, says: str) -> None:
     assert GOOD.count(old) == 1
     library = emulator.load(GOOD.replace(old, new), CACHE, rf"^{kernel}$")
-    y = {"sums": np.zeros(2, np.float32), "reversed": np.zeros(128, np.float16), "shuffles": np.zeros(192, np.int32)}[kernel]
-    x = {"sums": np.zeros(256, np.float32), "reversed": np.zeros(128, np.float16), "shuffles": np.zeros(32, np.int32)}[kernel]
+    y = {"sums": np.zeros(2, np.float32), "reversed": np.zeros(128, np.float16), "shuffles": np.zeros(192, np.int32), "copies": np.zeros(512, np.int32)}[kernel]
+    x = {"sums": np.zeros(256, np.float32), "reversed": np.zeros(128, np.float16), "shuffles": np.zeros(32, np.int32), "copies": np.zeros(512, np.int32)}[kernel]
     for schedule in SCHEDULES:
         with pytest.raises(emulator.EmulatorError, match=says):
             run(library, kernel, (y.size if kernel == "sums" else 1, 1, 1), 128 if kernel == "sums" else 32, [x, y], 256, {5: 1}, schedule)
@@ -199,8 +280,8 @@ def test_no_such_kernel(good: emulator.Library) -> None:
 
 # ---- upstream's attention
 
-F32, F16, Q8_0 = 0, 1, 8  # ggml_type
-CELL = {"f16": (F16, 1, 2), "q8_0": (Q8_0, 32, 34)}  # type, values and bytes of a block
+F32, F16, Q4_0, Q8_0 = 0, 1, 2, 8  # ggml_type
+CELL = {"f16": (F16, 1, 2), "q8_0": (Q8_0, 32, 34), "q4_0": (Q4_0, 32, 18)}  # type, values and bytes of a block
 
 
 @pytest.fixture(scope="module")
@@ -257,6 +338,12 @@ class Attention:
         if self.type == "f16":
             return x.astype(np.float16).view(np.uint8), x.astype(np.float16).astype(np.float64)
         blocks = x.reshape(*x.shape[:-1], -1, 32)
+        if self.type == "q4_0":
+            scale = (np.abs(blocks).max(-1, keepdims=True) / 7).astype(np.float16)
+            codes = np.round(blocks / scale.astype(np.float32)).astype(np.int8)
+            nibbles = (codes + 8).view(np.uint8)
+            bytes_ = [scale.view(np.uint8).reshape(*codes.shape[:-1], 2), nibbles[..., :16] | nibbles[..., 16:] << 4]
+            return np.concatenate(bytes_, -1).reshape(*x.shape[:-1], -1).copy(), (codes * scale.astype(np.float64)).reshape(x.shape)
         scale = (np.abs(blocks).max(-1, keepdims=True) / 127).astype(np.float16)
         codes = np.round(blocks / scale.astype(np.float32)).astype(np.int8)
         cells = np.concatenate([scale.view(np.uint8).reshape(*codes.shape[:-1], 2), codes.view(np.uint8)], -1)
@@ -320,7 +407,7 @@ class Attention:
         """By ggml_metal_op_flash_attn_ext's launches; the counters are those of the attention kernel, and of the reduction added.
 
         Upstream's kernels take it that a simdgroup runs in lockstep: lanes zero the same values, and scratch memory is written again
-        without a barrier after other lanes have read it; where lane 0 does that, only the backward order gives what lockstep does."""
+        without a barrier after other lanes have read it. Several simdgroups store the same queries."""
         a, d, q = self, self.d, 1 if vec else 8
         c = 32 if vec else 64  # rows of a step
         block = CELL[a.type][2]
@@ -412,6 +499,7 @@ CASES = [
     (True, Attention("q8_0", 64, 4, 1, 160, 3, softcap=10.0)),
     (True, Attention("q8_0", 128, 8, 2, 67, 1, seqs=2, sinks=True)),
     (True, Attention("q8_0", 256, 2, 1, 64, 1)),
+    (True, Attention("q4_0", 128, 4, 2, 300, 1)),
     (False, Attention("f16", 64, 4, 2, 128, 20)),
     (False, Attention("f16", 128, 4, 1, 82, 21, seqs=2)),
     (False, Attention("f16", 256, 2, 1, 64, 24, sinks=True)),
@@ -424,8 +512,8 @@ CASES = [
 def test_upstream_attention(tree: Path, vec: bool, case: Attention) -> None:
     exact, cpu = case.exact(), case.cpu()
     assert error(cpu, exact) < 5e-4
-    for schedule in (1,) if vec and case.d > 64 else (0, 1, 2):
-        y, _ = case.metal(tree, vec, schedule=schedule)
+    for schedule in SCHEDULES:
+        y, _ = case.metal(tree, vec, nsg=(1, 2, 4, 1)[schedule] if vec else 1, schedule=schedule)
         assert error(y, cpu) < 5e-4  # test-backend-ops' limit
         assert error(y, exact) < 1e-6
 

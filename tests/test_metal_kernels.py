@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import os
 import re
 import subprocess
 import sys
@@ -49,7 +50,7 @@ class Cases:
 
     def __init__(self, tree: Path) -> None:
         CACHE.mkdir(parents=True, exist_ok=True)
-        built = CACHE / "cases.so"
+        built = CACHE / f"cases-{os.getpid()}.so"  # not one that another process has
         libraries = ROOT / "seqkv_edge" / "lib"
         command = ["clang++", "-std=c++17", "-O1", "-shared", "-fPIC", "-o", built, ROOT / "native" / "tests" / "test-seqkv-metal.cpp",
                    ROOT / "native" / "metal" / "seqkv-metal-plan.cpp", "-I", tree / "include", "-I", tree / "src", "-L", libraries,
@@ -57,11 +58,12 @@ class Cases:
         done = subprocess.run([str(x) for x in command], capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr[-3000:]
         lib = self.lib = ctypes.CDLL(str(built))
+        built.unlink()
         lib.metal_case.restype = lib.metal_text.restype = ctypes.c_char_p
         lib.metal_open.restype = ctypes.c_void_p
         lib.metal_error.restype = ctypes.c_double
         lib.metal_differs.restype = ctypes.c_int64
-        lib.metal_supports_store.restype = ctypes.c_bool
+        lib.metal_supports.restype = ctypes.c_bool
         lib.metal_text.argtypes = lib.metal_close.argtypes = [ctypes.c_void_p]
         lib.metal_error.argtypes = lib.metal_differs.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
         self.names = [lib.metal_case(i).decode() for i in range(lib.metal_n_cases())]
@@ -165,13 +167,15 @@ def test_every_order_of_threads(cases: Cases, kernels: dict[str, emulator.Librar
 
 # what is wrong, the text that it replaces, by what, and the cases that have to show it
 MUTANTS = [
-    ("index: the trellis path one value late", "u >> 8 ^ u >> 7 ^ u >> 5", "u >> 8 ^ u >> 7 ^ u >> 4", ("SEQKV_ATTN", 1)),
+    ("index: the trellis path one value late", "u << 3 & ~(7*start)", "u << 4 & ~(7*start)", ("SEQKV_ATTN", 1)),
     ("barrier: between the steps of the Hadamard transform", "    for (int h = 1; h < d; h *= 2) {\n        threadgroup_barrier(mem_flags::mem_threadgroup);",
      "    for (int h = 1; h < d; h *= 2) {", ("SEQKV_STORE", 33)),
-    ("barrier: before the probabilities are read", "        simdgroup_barrier(mem_flags::mem_threadgroup);\n\n        for (int r = 0; r < SEQKV_TILE; r += 256/DV) {",
-     "        for (int r = 0; r < SEQKV_TILE; r += 256/DV) {", ("SEQKV_ATTN", 1)),
+    ("barrier: before the probabilities are read", "        simdgroup_barrier(mem_flags::mem_threadgroup);\n\n        FOR_UNROLL (int r = 0; r < ROWS; ++r) {\n            if (simd_shuffle",
+     "        FOR_UNROLL (int r = 0; r < ROWS; ++r) {\n            if (simd_shuffle", ("SEQKV_ATTN", 1)),
+    ("barrier: of the simdgroup only, before the predictions are read", "            threadgroup_barrier(mem_flags::mem_threadgroup);\n        }\n        const int  j ",
+     "            simdgroup_barrier(mem_flags::mem_threadgroup);\n        }\n        const int  j ", ("SEQKV_ATTN", 1)),
     ("codebook: one level", "-127,  -93,  -70,", "-127,  -92,  -70,", ("SEQKV_ATTN", 1)),
-    ("range: a row too many", "min(begin + args.part_rows, exact ? args.n_virt : args.n_kv)", "min(begin + args.part_rows, exact ? args.n_virt + 1 : args.n_kv)",
+    ("range: a row too many", "min(begin + a.part_rows, exact ? a.n_virt : a.n_kv)", "min(begin + a.part_rows, exact ? a.n_virt + 1 : a.n_kv)",
      ("SEQKV_ATTN", 1)),
 ]  # fmt: skip
 

@@ -15,7 +15,7 @@ from test_metal_kernels import CACHE, Cases, emulator, patched_tree, sources
 ROOT = Path(__file__).resolve().parents[1]
 HEADER = ROOT / "native" / "metal" / "seqkv-metal.h"
 THREADGROUP_BYTES = 32 * 1024
-SIZES = {"float": 4, "float4": 16, "half": 2, "half4": 8, "int": 4, "uchar": 1}
+SIZES = {"float": 4, "float2": 8, "float4": 16, "half": 2, "half2": 4, "half4": 8, "int": 4, "uint": 4, "uchar": 1}
 
 # CMakeLists.txt of ggml-metal without Apple's frameworks; the assembler's part fails elsewhere, after the sources are written
 PROJECT = """
@@ -176,12 +176,19 @@ def test_host_code_compiles(tree: Path, name: str) -> None:
 
 
 def test_supports_op_is_exact(cases: Cases, tree: Path) -> None:
-    supports = cases.lib.metal_supports_store
-    for type_ in (b"seqkv1", b"seqkv4k", b"f32", b"f16", b"bf16", b"q8_0", b"q5_1", b"q5_0", b"q4_1", b"q4_0", b"iq4_nl"):
-        assert supports(type_, 0, 128) and supports(type_, 1, 256), type_
-    for type_ in (b"q4_K", b"q2_K", b"i32", b"tq2_0"):
-        assert not supports(type_, 0, 128), type_
-    assert not supports(b"seqkv3", 0, 80) and not supports(b"seqkv3", 1, 96)
+    supports = cases.lib.metal_supports
+    uniform, graded = [[f"seqkv{bits}{plan}".encode() for bits in (1, 2, 3, 4)] for plan in ("", "k")]
+    values = [*uniform, b"f32", b"f16", b"bf16", b"q8_0", b"q5_1", b"q5_0", b"q4_1", b"q4_0", b"iq4_nl"]
+    for type_ in values + graded:
+        assert supports(type_, 0, None, 128, 0) and supports(type_, 1, None, 0, 256) == (type_ in values), type_
+        assert all(supports(type_, 0, type_v, 64, 256) for type_v in values), type_
+        assert not any(supports(type_, 0, type_v, 64, 256) for type_v in graded), type_
+    for type_ in (b"q4_K", b"q2_K", b"i32", b"tq2_0", b"iq4_xs", b"mxfp4"):
+        assert not supports(type_, 0, None, 128, 128), type_
+        assert not supports(type_, 0, b"seqkv3", 128, 128) and not supports(b"seqkv3", 0, type_, 128, 128), type_
+    for d in (32, 80, 96, 192, 512):
+        assert not supports(b"seqkv3", 0, None, d, 128) and not supports(b"seqkv3", 1, None, 128, d)
+        assert not supports(b"seqkv3", 0, b"seqkv3", d, 128) and not supports(b"seqkv3", 0, b"seqkv3", 128, d)
     # upstream says yes to any type there
     device = (tree / "src" / "ggml-metal" / "ggml-metal-device.m").read_text()
     assert len(re.findall(r"ggml_seqkv_bits\(op->src\[0\]->type\)", device)) == 2

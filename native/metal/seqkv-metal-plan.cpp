@@ -4,8 +4,8 @@
 #include <cstring>
 
 static constexpr int MAX_DECODE  = 8;    // tokens of a stream up to which attention works on blocks directly
-static constexpr int PART_ROWS   = 64;   // least rows of a part of decode, one frame
-static constexpr int MIN_GROUPS  = 512;  // threadgroups of decode that keep a large GPU busy
+static constexpr int PART_ROWS   = 64*SEQKV_DECODE_SG; // of a part of decode a multiple: a frame each simdgroup
+static constexpr int MIN_GROUPS  = 128;  // threadgroups of decode that keep a large GPU busy
 static constexpr int CHUNK       = 4096; // rows of prefill in scratch at a time
 static constexpr int EXPAND_SIZE = 128;  // threads that expand rows
 
@@ -43,11 +43,13 @@ static int form_of(ggml_type type, const ggml_tensor * prof) {
 bool ggml_seqkv_metal_supported(const ggml_tensor * op) {
     const ggml_seqkv_params p = params_of(op);
     const auto head  = [](int d) { return d == 0 || d == 64 || d == 128 || d == 256; }; // 0: only the type is asked about
-    const auto cells = [](const ggml_tensor * t) { return !t || cell_of(t->type) >= 0; }; // sources may be missing: what is there is asked about
+    // sources may be missing: what is there is asked about. Values are not graded.
+    const auto cells  = [](const ggml_tensor * t) { return !t || cell_of(t->type) >= 0; };
+    const auto values = [&](const ggml_tensor * t) { return !t || (cells(t) && !ggml_seqkv_graded(t->type)); };
     switch (op->op) {
         case GGML_OP_SEQKV_FRAME: return true;
-        case GGML_OP_SEQKV_STORE: return p.part == GGML_SEQKV_ROW || (head(p.part == GGML_SEQKV_KEY ? p.dk : p.dv) && cells(op));
-        case GGML_OP_SEQKV_ATTN:  return head(p.dk) && head(p.dv) && cells(op->src[1]) && cells(op->src[2]);
+        case GGML_OP_SEQKV_STORE: return p.part == GGML_SEQKV_ROW || (p.part == GGML_SEQKV_KEY ? head(p.dk) && cells(op) : head(p.dv) && values(op));
+        case GGML_OP_SEQKV_ATTN:  return head(p.dk) && head(p.dv) && cells(op->src[1]) && values(op->src[2]);
         default:                  return false;
     }
 }
@@ -223,9 +225,9 @@ static std::vector<step> plan_attn(const ggml_tensor * op) {
     };
     const int n_tokens = (int) q->ne[2];
     if (r.decode) {
-        const int frames = SEQKV_QUERY_COLS/r.heads, chunks = r.a.n_head_kv*r.a.n_chunks;
+        const int frames = SEQKV_QUERY_COLS(p.dk)/r.heads, chunks = r.a.n_head_kv*r.a.n_chunks;
         add("kernel_seqkv_query",  (r.a.n_frames + frames - 1)/frames, chunks, n_tokens, p.dk, { { q, 0 }, rot_of(rot, p), { prof, 0 }, query });
-        add("kernel_seqkv_decode", r.a.n_parts, chunks, n_tokens, 32,
+        add("kernel_seqkv_decode", r.a.n_parts, chunks, n_tokens, 32*SEQKV_DECODE_SG,
             { { k, 0 }, { v, 0 }, { mask, 0 }, { win, 0 }, { cur, 0 }, { meta, 0 }, { prof, 0 }, query, ml, acc });
         add("kernel_seqkv_reduce", (int) q->ne[1], n_tokens, 1, p.dv, { ml, acc, sink, { prof, 0 }, { op, 0 } });
         return plan;

@@ -30,11 +30,16 @@ enum seqkv_fc {
 
 #define SEQKV_MAX_D        256
 #define SEQKV_MAX_HEADS    8    // of SEQKV_FC_HEADS
-#define SEQKV_QUERY_COLS   16   // query vectors that a threadgroup transforms
+#define SEQKV_QUERY_SIZE   4096 // values of the query vectors that a threadgroup transforms
+#define SEQKV_DECODE_SG    4    // simdgroups of a threadgroup of decode, each with a frame of rows at a time
+#define SEQKV_DECODE_TILE  2048 // values of the rows that a simdgroup unpacks at a time
 #define SEQKV_STORE_SG     4    // simdgroups of a threadgroup of STORE
 #define SEQKV_EXPAND_ROWS  8    // rows that a threadgroup expands
-#define SEQKV_TILE         32   // rows of the virtual axis that a simdgroup attends to at a time
+#define SEQKV_TILE         32   // rows that a simdgroup of prefill attends to at a time
 #define SEQKV_PREFILL_SG   4    // tiles of 8 queries, one a simdgroup, of a threadgroup of prefill
+
+// query vectors that a threadgroup transforms: a multiple of 8
+#define SEQKV_QUERY_COLS(dk) ((dk) > 128 ? SEQKV_QUERY_SIZE/256 : SEQKV_QUERY_SIZE/128)
 
 // threadgroup memory of a tile of prefill: queries (8, dk) f16, logits (8, TILE) and factors (8, 8) f32
 #define SEQKV_PREFILL_BYTES(dk) (8*(dk)*2 + 8*SEQKV_TILE*4 + 64*4)
@@ -49,7 +54,7 @@ typedef struct {
     uint64_t nb1;                         // STORE: of a cell's row, of the window's row
 } ggml_metal_kargs_seqkv_store;
 
-// ATTN. Chunk: the query heads of one KV head that are served at once. Part: rows of the virtual axis that one simdgroup attends to.
+// ATTN. Chunk: the query heads of one KV head that are served at once. Part: rows of the virtual axis that one threadgroup of decode attends to.
 typedef struct {
     int32_t  n_head_kv, group, n_chunks;
     int32_t  n_stream, n_tokens;          // tokens a stream

@@ -6,14 +6,14 @@
 // none of a row's logits yet; infinities may be folded away by fast math, so masks are compared as bits
 #define SEQKV_NO_LOGIT (-FLT_MAX/2)
 
-static inline float seqkv_logit(constant ggml_metal_kargs_seqkv_attn & args, float dot) {
-    const float s = dot*args.scale;
-    return args.softcap == 0.0f ? s : args.softcap*precise::tanh(s/args.softcap);
+static inline float seqkv_logit(float scale, float softcap, float dot) {
+    const float s = dot*scale;
+    return softcap == 0.0f ? s : softcap*precise::tanh(s/softcap);
 }
 
-static inline device const half * seqkv_exact(constant ggml_metal_kargs_seqkv_attn & args, device const char * win, device const half * cur, int s, int j) {
-    return j < args.n_kv + args.n_win ? (device const half *) (win + s*args.win_nb2 + (j - args.n_kv)*args.win_nb1)
-        : cur + ((int64_t) s*args.n_tokens + j - args.n_kv - args.n_win)*args.n_head_kv*(DK + DV);
+// exact row j of a stream: of the window, then of the ubatch
+static inline device const half * seqkv_exact(device const char * win, uint64_t win_nb1, int n_win, device const half * cur, int64_t cur_stride, int j) {
+    return j < n_win ? (device const half *) (win + j*win_nb1) : cur + (j - n_win)*cur_stride;
 }
 
 // Queries of a chunk for frames: dst (2, tokens, n_head_kv, n_chunks, n_frames, HEADS, DK), first in the domain of the cells, then R(-t0) q.
@@ -27,61 +27,100 @@ kernel void kernel_seqkv_query(
         uint3  tgpig[[threadgroup_position_in_grid]],
         uint3   tgpg[[threadgroups_per_grid]],
         ushort     i[[thread_index_in_threadgroup]]) {
-    threadgroup float x[SEQKV_QUERY_COLS*SEQKV_MAX_D]; // (QUERY_COLS, DK)
+    threadgroup float x[SEQKV_QUERY_SIZE]; // (frames, HEADS, DK)
 
     const int h = tgpig.y/args.n_chunks, chunk = tgpig.y%args.n_chunks;
-    const int frames = SEQKV_QUERY_COLS/HEADS, f0 = tgpig.x*frames, n = min(frames, args.n_frames - f0)*HEADS;
-    const int64_t row0 = (((int64_t) tgpig.z*tgpg.y + tgpig.y)*args.n_frames + f0)*HEADS;
-    device half * rotated = dst + (int64_t) tgpg.z*tgpg.y*args.n_frames*HEADS*DK;
+    const int cols = SEQKV_QUERY_COLS(DK), frames = cols/HEADS, f0 = tgpig.x*frames, n = min(frames, args.n_frames - f0);
+    const int64_t at0 = (((int64_t) tgpig.z*tgpg.y + tgpig.y)*args.n_frames + f0)*HEADS*DK;
+    device half * rotated = dst + (int64_t) tgpg.z*tgpg.y*args.n_frames*HEADS*DK + at0;
+    dst += at0;
 
-    const int group = args.group, n_rot = args.n_rot, neox = args.neox, rot_stride = args.rot_stride;
-    const uint64_t q_nb1 = args.q_nb1;
-    q += tgpig.z*args.q_nb2;
-    for (int c = 0; c < SEQKV_QUERY_COLS; ++c) {
-        float y = 0.0f;
-        if (c < n) {
-            const int head = h*group + min(chunk*HEADS + c%HEADS, group - 1);
-            device const float * cs = rot + (int64_t) (64 + f0 + c/HEADS)*rot_stride;
-            y = seqkv_rotated((device const float *) (q + head*q_nb1), i, cs, n_rot, neox, true);
-            rotated[(row0 + c)*DK + i] = (half) y;
+    // a thread has a pair of values that R turns, in every other frame
+    const int  pair = i%(DK/2);
+    const bool turned = pair < args.n_rot/2;
+    const int  a = turned && args.neox ? pair : 2*pair, b = turned && args.neox ? pair + args.n_rot/2 : 2*pair + 1;
+    float qa[SEQKV_MAX_HEADS], qb[SEQKV_MAX_HEADS];
+    FOR_UNROLL (int g = 0; g < HEADS; ++g) {
+        device const float * row = (device const float *) (q + tgpig.z*args.q_nb2 + (h*args.group + min(chunk*HEADS + g, args.group - 1))*args.q_nb1);
+        qa[g] = row[a];
+        qb[g] = row[b];
+    }
+    for (int f = i/(DK/2); f < n; f += 2) {
+        const float2 cs = turned ? ((device const float2 *) (rot + (int64_t) (64 + f0 + f)*args.rot_stride))[pair] : float2(1.0f, 0.0f);
+        FOR_UNROLL (int g = 0; g < HEADS; ++g) {
+            const int   c  = (f*HEADS + g)*DK;
+            const float ya = qa[g]*cs.x + qb[g]*cs.y, yb = qb[g]*cs.x - qa[g]*cs.y;
+            x[c + a] = ya;
+            x[c + b] = yb;
+            rotated[c + a] = (half) ya;
+            rotated[c + b] = (half) yb;
         }
-        x[c*DK + i] = y;
+    }
+    for (int c = n*HEADS*DK + i; c < cols*DK; c += DK) {
+        x[c] = 0.0f;
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
 
     if (FORM_K == SEQKV_HADAMARD) {
-        seqkv_fwht(x, SEQKV_QUERY_COLS*DK, DK, i, DK);
+        seqkv_fwht(x, n*HEADS*DK, DK, i, DK);
     } else if (FORM_K == SEQKV_DENSE) { // x <- x D, 32 columns by a simdgroup
         device const half * dec = seqkv_dec(prof, h, DK, DV) + i/32*32;
-        simdgroup_float8x8 sum[SEQKV_QUERY_COLS/8][4], a[SEQKV_QUERY_COLS/8];
-        FOR_UNROLL (int k = 0; k < SEQKV_QUERY_COLS/8*4; ++k) {
+        simdgroup_float8x8 sum[SEQKV_QUERY_COLS(0)/8][4], y[SEQKV_QUERY_COLS(0)/8];
+        FOR_UNROLL (int k = 0; k < cols/8*4; ++k) {
             sum[k/4][k%4] = make_filled_simdgroup_matrix<float, 8>(0.0f);
         }
         for (int r = 0; r < DK; r += 8) {
-            FOR_UNROLL (int k = 0; k < SEQKV_QUERY_COLS/8; ++k) {
-                simdgroup_load(a[k], x + 8*k*DK + r, DK, 0, false);
+            FOR_UNROLL (int k = 0; k < cols/8; ++k) {
+                simdgroup_load(y[k], x + 8*k*DK + r, DK, 0, false);
             }
             FOR_UNROLL (int c = 0; c < 4; ++c) {
                 simdgroup_half8x8 d;
                 simdgroup_load(d, dec + r*DK + 8*c, DK, 0, false);
-                FOR_UNROLL (int k = 0; k < SEQKV_QUERY_COLS/8; ++k) {
-                    simdgroup_multiply_accumulate(sum[k][c], a[k], d, sum[k][c]);
+                FOR_UNROLL (int k = 0; k < cols/8; ++k) {
+                    simdgroup_multiply_accumulate(sum[k][c], y[k], d, sum[k][c]);
                 }
             }
         }
         threadgroup_barrier(mem_flags::mem_threadgroup);
-        FOR_UNROLL (int k = 0; k < SEQKV_QUERY_COLS/8*4; ++k) {
+        FOR_UNROLL (int k = 0; k < cols/8*4; ++k) {
             simdgroup_store(sum[k/4][k%4], x + k/4*8*DK + i/32*32 + k%4*8, DK, 0, false);
         }
         threadgroup_barrier(mem_flags::mem_threadgroup);
     }
-    for (int c = 0; c < n; ++c) {
-        dst[(row0 + c)*DK + i] = (half) x[c*DK + i];
+    for (int c = i; c < n*HEADS*DK; c += DK) {
+        dst[c] = (half) x[c];
     }
 }
 
-// One simdgroup: the query heads of a chunk and a part of the rows. Each lane has 8 values of a row, so DK/8 or DV/8 lanes share one.
-// ml (rows of out, n_parts): running maximum, sum of p. acc (.., DV): sum of p v, in the domain of the cells for the parts over cells.
+// Decode goes through rows as bytes, DK or DV each, of which a lane has n next to each other. For blocks, byte b is what seqkv_unpack makes
+// of value seqkv_value_of(true, b); the lane's i-th value is seqkv_value_step(true, i) behind its first.
+static inline int seqkv_value_of  (bool blocks, int b) { return blocks ? b/32*32 + b%4*8 + b%32/4 : b; }
+static inline int seqkv_value_step(bool blocks, int i) { return blocks ? i%4*8 + i/4 : i; }
+
+// a lane's n values of each head's query
+static inline void seqkv_load_queries(device const half * from, bool blocks, int n, thread half (* q)[SEQKV_MAX_D/32]) {
+    FOR_UNROLL (int g = 0; g < HEADS; ++g) {
+        FOR_UNROLL (int i = 0; i < n; ++i) {
+            q[g][i] = from[g*DK + seqkv_value_step(blocks, i)];
+        }
+    }
+}
+
+// a block -> its 64 bytes
+static inline void seqkv_unpack_block(int bits, int graded, device const uchar * b, threadgroup uint * bytes) {
+    FOR_UNROLL (int h = 0; h < 2; ++h) {
+        uint w[8];
+        seqkv_unpack(bits, graded, b, h, w);
+        FOR_UNROLL (int i = 0; i < 8; ++i) {
+            bytes[8*h + i] = w[i];
+        }
+    }
+}
+
+// The query heads of a chunk and a part of the rows. A simdgroup takes 64 rows at a time and ROWS of these to threadgroup memory, as
+// indices of levels; then all of its lanes share one row after the other. The simdgroups are at the same rows of different frames and
+// share the predictions there, as long as rows are in the order of their offsets.
+// ml (rows of out, n_parts): maximum, sum of p. acc (.., DV): sum of p v, in the domain of the cells for the parts over cells.
 // threadgroup: (part, KV head and chunk, token)
 kernel void kernel_seqkv_decode(
         constant ggml_metal_kargs_seqkv_attn & args,
@@ -97,133 +136,237 @@ kernel void kernel_seqkv_decode(
         device       float  * acc,
         uint3  tgpig[[threadgroup_position_in_grid]],
         uint3   tgpg[[threadgroups_per_grid]],
+        ushort tiitg[[thread_index_in_threadgroup]],
+        ushort sgitg[[simdgroup_index_in_threadgroup]],
         ushort  lane[[thread_index_in_simdgroup]]) {
-    threadgroup float p[SEQKV_MAX_HEADS*SEQKV_TILE];
+    threadgroup uint   tiles[SEQKV_DECODE_SG][SEQKV_DECODE_TILE/4 + 32];          // (ROWS, d/4 + 1), of keys, then of values
+    threadgroup float  factors[SEQKV_DECODE_SG][SEQKV_DECODE_TILE/16];            // (ROWS, DK/16), of keys
+    threadgroup float  ps[SEQKV_DECODE_SG][SEQKV_MAX_HEADS*SEQKV_DECODE_TILE/64]; // (HEADS, DV/64, ROWS), with the factors of values
+    threadgroup half2  preds[SEQKV_DECODE_TILE/2];                                // (ROWS, DK/2)
+    threadgroup float2 mls[SEQKV_DECODE_SG][SEQKV_MAX_HEADS];
+    threadgroup uint  * tile   = tiles[sgitg];
+    threadgroup float * factor = factors[sgitg];
+    threadgroup float * p      = ps[sgitg];
 
-    const int  h = tgpig.y/args.n_chunks, chunk = tgpig.y%args.n_chunks, part = tgpig.x;
-    const int  s = tgpig.z/args.n_tokens, t = tgpig.z%args.n_tokens;
-    const bool exact = part >= args.n_cells;
-    const int  begin = exact ? args.n_kv + (part - args.n_cells)*args.part_rows : part*args.part_rows;
-    const int  end   = min(begin + args.part_rows, exact ? args.n_virt : args.n_kv);
-    const int  ck = lane%(DK/8), cv = lane%(DV/8); // which 8 values of a row
+    const ggml_metal_kargs_seqkv_attn a = args;
+    const int  ROWS = SEQKV_DECODE_TILE/max(DK, DV), NK = DK/32, NV = DV/32;
+    const int  h = tgpig.y/a.n_chunks, chunk = tgpig.y%a.n_chunks, part = tgpig.x;
+    const int  s = tgpig.z/a.n_tokens, t = tgpig.z%a.n_tokens;
+    const bool exact = part >= a.n_cells;
+    const int  begin = exact ? a.n_kv + (part - a.n_cells)*a.part_rows : part*a.part_rows;
+    const int  end   = min(begin + a.part_rows, exact ? a.n_virt : a.n_kv);
+    const bool blocks_k = CELL_K == SEQKV_CELL_BLOCKS && !exact, blocks_v = CELL_V == SEQKV_CELL_BLOCKS && !exact;
+    const bool predicted = FORM_K == SEQKV_DENSE && !exact;
 
-    k += s*args.k_nb2 + h*args.size_k;
-    v += s*args.v_nb2 + h*args.size_v;
-    const uint64_t k_nb1 = args.k_nb1, v_nb1 = args.v_nb1;
-    device const ushort * mask_row = (device const ushort *) (mask + s*args.mask_nb3 + t*args.mask_nb1);
-    device const int    * meta_row = meta + (int64_t) s*args.n_virt;
-    device const half   * queries  = query + (exact ? (int64_t) tgpg.z*tgpg.y*args.n_frames*HEADS*DK : 0)
-        + ((int64_t) tgpig.z*tgpg.y + tgpig.y)*args.n_frames*HEADS*DK + 8*ck;
-    device const half   * pred     = FORM_K == SEQKV_DENSE ? seqkv_pred(prof, h, DK, DV) + 8*ck : prof;
+    k += s*a.k_nb2 + h*a.size_k;
+    v += s*a.v_nb2 + h*a.size_v;
+    win += s*a.win_nb2;
+    const int64_t cur_stride = a.n_head_kv*(DK + DV);
+    cur += s*a.n_tokens*cur_stride;
+    device const ushort * mask_row = (device const ushort *) (mask + s*a.mask_nb3 + t*a.mask_nb1);
+    device const int    * meta_row = meta + (int64_t) s*a.n_virt;
+    const int k0 = seqkv_value_of(blocks_k, NK*lane), v0 = seqkv_value_of(blocks_v, NV*lane);
+    device const half * queries = query + k0 + (exact ? (int64_t) tgpg.z*tgpg.y*a.n_frames*HEADS*DK : 0)
+        + (((int64_t) tgpig.z*tgpg.y + tgpig.y)*a.n_frames - 64)*HEADS*DK;
+    device const half * pred = FORM_K == SEQKV_DENSE ? seqkv_pred(prof, h, DK, DV) : prof;
 
-    float m[SEQKV_MAX_HEADS], l[SEQKV_MAX_HEADS], sum[SEQKV_MAX_HEADS][8];
-    half4 q[SEQKV_MAX_HEADS][2];
+    // of each 4 of the lane's values: where the factors of the first and the last 2 are in the row's, and their levels
+    const int q0 = NK*lane/32*2 + (NK == 2 ? lane%2 : 0), q1 = NK == 2 ? q0 : q0 + 1;
+    constant int8_t * level0 = seqkv_level_table(seqkv_value_bits(BITS_K, GRADED_K, q0%4*2));
+    constant int8_t * level1 = seqkv_level_table(seqkv_value_bits(BITS_K, GRADED_K, q1%4*2));
+    constant int8_t * level  = seqkv_level_table(BITS_V);
+
+    float m[SEQKV_MAX_HEADS], l[SEQKV_MAX_HEADS], sum[SEQKV_MAX_HEADS][SEQKV_MAX_D/32];
+    half  q[SEQKV_MAX_HEADS][SEQKV_MAX_D/32];
     FOR_UNROLL (int g = 0; g < HEADS; ++g) {
         m[g] = SEQKV_NO_LOGIT;
         l[g] = 0.0f;
-        FOR_UNROLL (int i = 0; i < 8; ++i) {
+        FOR_UNROLL (int i = 0; i < NV; ++i) {
             sum[g][i] = 0.0f;
         }
     }
     int held = -1; // frame whose queries are in q
 
-    for (int j = begin; j < end; j += SEQKV_TILE) {
-        const bool keep = j + lane < end && mask_row[j + lane] == 0;
-        const int  mt   = keep ? meta_row[j + lane] : -1;
-        if (!simd_any(keep)) {
+    const int n_steps = (end - begin + 64*SEQKV_DECODE_SG - 1)/(64*SEQKV_DECODE_SG)*(64/ROWS);
+    for (int step = 0; step < n_steps; ++step) {
+        const int o = step*ROWS%64, j0 = begin + (step*ROWS/64*SEQKV_DECODE_SG + sgitg)*64 + o;
+        if (predicted) {
+            threadgroup_barrier(mem_flags::mem_threadgroup);
+            const int c = 4*tiitg%DK, to = c/32*32 + c%8*4 + c%32/8; // seqkv_value_of(true, to) = c
+            for (int r = 4*tiitg/DK; r < ROWS; r += 128*SEQKV_DECODE_SG/DK) {
+                const half4 add = *(device const half4 *) (pred + (o + r)*DK + c);
+                FOR_UNROLL (int i = 0; i < 4; ++i) {
+                    ((threadgroup half *) preds)[r*DK + to + 4*i] = add[i];
+                }
+            }
+            threadgroup_barrier(mem_flags::mem_threadgroup);
+        }
+        const int  j    = j0 + lane;
+        const bool keep = (int) lane < ROWS && j < end && mask_row[j] == 0;
+        const int  mt   = keep ? meta_row[j] : -1;
+        const int  last = simd_max(mt);
+        if (last < 0) {
             continue;
         }
+        // whether these rows are of one frame, in order
+        const bool regular = simd_all(!keep || mt == (last & ~255) + (predicted ? o + lane : mt & 255));
+        // rows as the lanes unpack them, a block each
+        const int row = lane%ROWS, block = lane/ROWS;
+        const bool used = simd_shuffle(mt, (ushort) row) >= 0;
 
-        for (int r = 0; r < SEQKV_TILE; r += 256/DK) {
-            const ushort at = r + lane/(DK/8);
-            const int    mr = simd_shuffle(mt, at);
-            float dot8[SEQKV_MAX_HEADS] = { 0.0f };
-            if (mr >= 0) {
-                float x[8];
-                if (exact) {
-                    seqkv_load_other(SEQKV_CELL_F16, (device const uchar *) (seqkv_exact(args, win, cur, s, j + at) + h*DK), ck, x);
-                } else {
-                    seqkv_load(CELL_K, BITS_K, GRADED_K, k + (j + at)*k_nb1, ck, x);
-                    if (FORM_K == SEQKV_DENSE) {
-                        device const half4 * add = (device const half4 *) (pred + (mr & 255)*DK);
-                        const half4 add0 = add[0], add1 = add[1];
-                        FOR_UNROLL (int i = 0; i < 4; ++i) {
-                            x[i]     += add0[i];
-                            x[i + 4] += add1[i];
-                        }
+        if (blocks_k && used && block < DK/64) {
+            device const uchar * b = k + (j0 + row)*a.k_nb1 + block*(1 + GRADED_K + 8*BITS_K);
+            const float f[4] = { seqkv_factor(BITS_K, GRADED_K, b, 0), seqkv_factor(BITS_K, GRADED_K, b, 1),
+                seqkv_factor(BITS_K, GRADED_K, b, 2), seqkv_factor(BITS_K, GRADED_K, b, 3) };
+            FOR_UNROLL (int i = 0; i < 4; ++i) {
+                factor[row*(DK/16) + 4*block + i] = f[i];
+            }
+            seqkv_unpack_block(BITS_K, GRADED_K, b, tile + row*(DK/4 + 1) + 16*block);
+        }
+        if (last >> 8 != held) {
+            held = last >> 8;
+            seqkv_load_queries(queries + (int64_t) held*HEADS*DK, blocks_k, NK, q);
+        }
+        simdgroup_barrier(mem_flags::mem_threadgroup);
+
+        FOR_UNROLL (int r = 0; r < ROWS; ++r) {
+            const int mr = simd_shuffle(mt, (ushort) r);
+            if (mr < 0) {
+                continue;
+            }
+            if (!regular && mr >> 8 != held) {
+                held = mr >> 8;
+                seqkv_load_queries(queries + (int64_t) held*HEADS*DK, blocks_k, NK, q);
+            }
+            float x[SEQKV_MAX_D/32];
+            if (blocks_k) {
+                threadgroup const uchar2 * w = (threadgroup const uchar2 *) ((threadgroup const uchar *) (tile + r*(DK/4 + 1)) + NK*lane);
+                const float f0 = factor[r*(DK/16) + q0], f1 = factor[r*(DK/16) + q1];
+                FOR_UNROLL (int i = 0; i < NK; i += 2) {
+                    const uchar2 b = w[i/2];
+                    x[i]     = i%4 == 0 ? f0*level0[b.x] : f1*level1[b.x];
+                    x[i + 1] = i%4 == 0 ? f0*level0[b.y] : f1*level1[b.y];
+                }
+                if (predicted && regular) {
+                    FOR_UNROLL (int i = 0; i < NK; i += 2) {
+                        const half2 add = preds[(r*DK + NK*lane + i)/2];
+                        x[i]     += add.x;
+                        x[i + 1] += add.y;
+                    }
+                } else if (predicted) {
+                    FOR_UNROLL (int i = 0; i < NK; ++i) {
+                        x[i] += pred[(mr & 255)*DK + k0 + seqkv_value_step(true, i)];
                     }
                 }
-                if (mr >> 8 != held) {
-                    held = mr >> 8;
-                    FOR_UNROLL (int g = 0; g < HEADS; ++g) {
-                        device const half4 * from = (device const half4 *) (queries + ((int64_t) (held - 64)*HEADS + g)*DK);
-                        q[g][0] = from[0];
-                        q[g][1] = from[1];
-                    }
-                }
-                FOR_UNROLL (int g = 0; g < HEADS; ++g) {
-                    dot8[g] = dot(float4(q[g][0]), float4(x[0], x[1], x[2], x[3])) + dot(float4(q[g][1]), float4(x[4], x[5], x[6], x[7]));
+            } else {
+                device const uchar * cell = exact ? (device const uchar *) (seqkv_exact(win, a.win_nb1, a.n_win, cur, cur_stride, j0 + r - a.n_kv) + h*DK) : k + (j0 + r)*a.k_nb1;
+                FOR_UNROLL (int i = 0; i < NK; ++i) {
+                    x[i] = seqkv_value(exact ? SEQKV_CELL_F16 : CELL_K, cell, k0 + i);
                 }
             }
             FOR_UNROLL (int g = 0; g < HEADS; ++g) {
-                for (ushort o = DK/16; o > 0; o /= 2) {
-                    dot8[g] += simd_shuffle_xor(dot8[g], o);
+                float dot = q[g][0]*x[0];
+                FOR_UNROLL (int i = 1; i < NK; ++i) {
+                    dot += q[g][i]*x[i];
                 }
-                if (ck == 0) {
-                    p[g*SEQKV_TILE + at] = dot8[g];
+                dot = simd_sum(dot);
+                if (lane == 0) {
+                    p[g*(DV/64)*ROWS + r] = dot;
                 }
             }
         }
         simdgroup_barrier(mem_flags::mem_threadgroup);
 
+        float gain[SEQKV_MAX_D/64]; // of the blocks of this row's values
+        FOR_UNROLL (int b = 0; b < DV/64; ++b) {
+            gain[b] = blocks_v && keep ? seqkv_factor(BITS_V, 0, v + j*a.v_nb1 + b*(1 + 8*BITS_V), 0) : 1.0f;
+        }
         FOR_UNROLL (int g = 0; g < HEADS; ++g) {
-            const float logit   = keep ? seqkv_logit(args, p[g*SEQKV_TILE + lane]) : SEQKV_NO_LOGIT;
-            const float highest = max(m[g], simd_max(logit));
-            const float f       = exp(m[g] - highest);
-            const float e       = keep ? exp(logit - highest) : 0.0f;
-            m[g] = highest;
-            l[g] = l[g]*f + simd_sum(e);
-            p[g*SEQKV_TILE + lane] = e;
-            FOR_UNROLL (int i = 0; i < 8; ++i) {
-                sum[g][i] *= f;
+            const float logit   = keep ? seqkv_logit(a.scale, a.softcap, p[g*(DV/64)*ROWS + lane]) : SEQKV_NO_LOGIT;
+            const float highest = simd_max(logit);
+            if (highest > m[g]) { // the same in all lanes
+                const float f = exp(m[g] - highest);
+                m[g]  = highest;
+                l[g] *= f;
+                FOR_UNROLL (int i = 0; i < NV; ++i) {
+                    sum[g][i] *= f;
+                }
             }
+            const float e = keep ? exp(logit - m[g]) : 0.0f;
+            l[g] += simd_sum(e);
+            FOR_UNROLL (int b = 0; b < DV/64; ++b) {
+                if ((int) lane < ROWS) {
+                    p[(g*(DV/64) + b)*ROWS + lane] = e*gain[b];
+                }
+            }
+        }
+        if (blocks_v && used && block < DV/64) {
+            seqkv_unpack_block(BITS_V, 0, v + (j0 + row)*a.v_nb1 + block*(1 + 8*BITS_V), tile + row*(DV/4 + 1) + 16*block);
         }
         simdgroup_barrier(mem_flags::mem_threadgroup);
 
-        for (int r = 0; r < SEQKV_TILE; r += 256/DV) {
-            const ushort at = r + lane/(DV/8);
-            if (simd_shuffle(mt, at) >= 0) {
-                float x[8];
-                if (exact) {
-                    seqkv_load_other(SEQKV_CELL_F16, (device const uchar *) (seqkv_exact(args, win, cur, s, j + at) + args.n_head_kv*DK + h*DV), cv, x);
-                } else {
-                    seqkv_load(CELL_V, BITS_V, 0, v + (j + at)*v_nb1, cv, x);
+        FOR_UNROLL (int r = 0; r < ROWS; ++r) {
+            if (simd_shuffle(mt, (ushort) r) < 0) {
+                continue;
+            }
+            float x[SEQKV_MAX_D/32];
+            if (blocks_v) {
+                threadgroup const uchar2 * w = (threadgroup const uchar2 *) ((threadgroup const uchar *) (tile + r*(DV/4 + 1)) + NV*lane);
+                FOR_UNROLL (int i = 0; i < NV; i += 2) {
+                    const uchar2 b = w[i/2];
+                    x[i]     = level[b.x];
+                    x[i + 1] = level[b.y];
                 }
-                FOR_UNROLL (int g = 0; g < HEADS; ++g) {
-                    const float e = p[g*SEQKV_TILE + at];
-                    FOR_UNROLL (int i = 0; i < 8; ++i) {
-                        sum[g][i] += e*x[i];
-                    }
+            } else {
+                device const uchar * cell = exact ? (device const uchar *) (seqkv_exact(win, a.win_nb1, a.n_win, cur, cur_stride, j0 + r - a.n_kv) + a.n_head_kv*DK + h*DV) : v + (j0 + r)*a.v_nb1;
+                FOR_UNROLL (int i = 0; i < NV; ++i) {
+                    x[i] = seqkv_value(exact ? SEQKV_CELL_F16 : CELL_V, cell, v0 + i);
+                }
+            }
+            FOR_UNROLL (int g = 0; g < HEADS; ++g) {
+                const float e = p[(g*(DV/64) + NV*lane/64)*ROWS + r];
+                FOR_UNROLL (int i = 0; i < NV; ++i) {
+                    sum[g][i] += e*x[i];
                 }
             }
         }
         simdgroup_barrier(mem_flags::mem_threadgroup);
     }
 
+    // the simdgroups' sums together
+    if (lane == 0) {
+        FOR_UNROLL (int g = 0; g < HEADS; ++g) {
+            mls[sgitg][g] = float2(m[g], l[g]);
+        }
+    }
+    threadgroup_barrier(mem_flags::mem_threadgroup);
     FOR_UNROLL (int g = 0; g < HEADS; ++g) { // a constant number of times: the sums have to stay in registers
-        const int64_t out = ((int64_t) tgpig.z*args.n_head_kv*args.group + h*args.group + chunk*HEADS + g)*args.n_parts + part;
-        const bool    one = chunk*HEADS + g < args.group;
-        FOR_UNROLL (int i = 0; i < 8; ++i) {
-            for (ushort o = DV/8; o < 32; o *= 2) {
-                sum[g][i] += simd_shuffle_xor(sum[g][i], o);
+        float highest = mls[0][g].x, total = 0.0f;
+        for (int i = 1; i < SEQKV_DECODE_SG; ++i) {
+            highest = max(highest, mls[i][g].x);
+        }
+        const float f = exp(m[g] - highest);
+        FOR_UNROLL (int i = 0; i < NV; ++i) {
+            ((threadgroup float *) tile)[v0 + seqkv_value_step(blocks_v, i)] = f*sum[g][i];
+        }
+        threadgroup_barrier(mem_flags::mem_threadgroup);
+        const int64_t out = ((int64_t) tgpig.z*a.n_head_kv*a.group + h*a.group + chunk*HEADS + g)*a.n_parts + part;
+        if (chunk*HEADS + g < a.group) {
+            for (int i = tiitg; i < DV; i += 32*SEQKV_DECODE_SG) {
+                float y = 0.0f;
+                FOR_UNROLL (int w = 0; w < SEQKV_DECODE_SG; ++w) {
+                    y += ((threadgroup float *) tiles[w])[i];
+                }
+                acc[out*DV + i] = y;
             }
-            if (one && lane < DV/8) {
-                acc[out*DV + 8*cv + i] = sum[g][i];
+            if (tiitg == 0) {
+                for (int i = 0; i < SEQKV_DECODE_SG; ++i) {
+                    total += mls[i][g].y*exp(mls[i][g].x - highest);
+                }
+                ml[out] = float2(highest, total);
             }
         }
-        if (one && lane == 0) {
-            ml[out] = float2(m[g], l[g]);
-        }
+        threadgroup_barrier(mem_flags::mem_threadgroup);
     }
 }
 
@@ -237,28 +380,48 @@ kernel void kernel_seqkv_reduce(
         device       float  * dst,
         uint3  tgpig[[threadgroup_position_in_grid]],
         ushort     i[[thread_index_in_threadgroup]]) {
-    threadgroup float z[SEQKV_MAX_D];
+    threadgroup float  z[SEQKV_MAX_D];
+    threadgroup float2 parts[SEQKV_MAX_D]; // factor of a part, sum of its p
 
-    const int h = tgpig.x/args.group;
+    const int h = tgpig.x/args.group, n = args.n_parts;
     const int64_t row = (int64_t) tgpig.y*args.n_head_kv*args.group + tgpig.x;
-    ml  += row*args.n_parts;
-    acc += row*args.n_parts*DV;
+    ml  += row*n;
+    acc += row*n*DV;
 
-    const float sink = args.has_sinks ? sinks[tgpig.x] : SEQKV_NO_LOGIT;
-    float m = sink;
-    for (int c = 0; c < args.n_parts; ++c) {
-        m = max(m, ml[c].x);
+    z[i] = SEQKV_NO_LOGIT;
+    for (int c = i; c < n; c += DV) {
+        z[i] = max(z[i], ml[c].x);
+    }
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    float m = args.has_sinks ? sinks[tgpig.x] : SEQKV_NO_LOGIT;
+    const float sink = m;
+    for (int c = 0; c < min(n, DV); ++c) {
+        m = max(m, z[c]);
     }
     float l = args.has_sinks ? exp(sink - m) : 0.0f, l_cells = 0.0f, cells = 0.0f, exact = 0.0f;
-    for (int c = 0; c < args.n_parts; ++c) {
-        const float f = exp(ml[c].x - m);
-        const float x = f*acc[(int64_t) c*DV + i];
-        l       += f*ml[c].y;
-        l_cells += c < args.n_cells ? f*ml[c].y : 0.0f;
-        cells   += c < args.n_cells ? x : 0.0f;
-        exact   += c < args.n_cells ? 0.0f : x;
+    for (int c0 = 0; c0 < n; c0 += DV) {
+        threadgroup_barrier(mem_flags::mem_threadgroup);
+        if (c0 + i < n) {
+            const float2 part = ml[c0 + i];
+            const float  f    = exp(part.x - m);
+            parts[i] = float2(f, f*part.y);
+        }
+        threadgroup_barrier(mem_flags::mem_threadgroup);
+        for (int c = c0; c < min(n, c0 + DV); ++c) {
+            const float2 part = parts[c - c0];
+            const float  x    = part.x*acc[(int64_t) c*DV + i];
+            if (c < args.n_cells) {
+                cells   += x;
+                l_cells += part.y;
+            } else {
+                exact += x;
+                l     += part.y;
+            }
+        }
     }
+    l += l_cells;
     if (FORM_V == SEQKV_HADAMARD) {
+        threadgroup_barrier(mem_flags::mem_threadgroup);
         z[i] = cells;
         seqkv_fwht(z, DV, DV, i, DV);
         cells = z[i];
@@ -267,6 +430,22 @@ kernel void kernel_seqkv_reduce(
         }
     }
     dst[row*DV + i] = l > 0.0f ? (cells + exact)/l : 0.0f;
+}
+
+// x (EXPAND_ROWS, d): a head's values of cells first .., 0 where there is none in use. By all threads of the threadgroup.
+static inline void seqkv_expand_cells(int type, int bits, int graded, int d, device const uchar * cells, uint64_t nb1, int first, int n_kv,
+        threadgroup const int * rows, threadgroup float * x, int i, int nt) {
+    for (int item = i; item < SEQKV_EXPAND_ROWS*d/32; item += nt) {
+        const int r = item/(d/32), c = item%(d/32), j = first + r;
+        if (rows[r] >= 0 && j < n_kv) {
+            seqkv_load(type, bits, graded, cells + j*nb1, c, x + 32*item);
+        } else {
+            for (int k = 0; k < 32; ++k) {
+                x[32*item + k] = 0.0f;
+            }
+        }
+    }
+    threadgroup_barrier(mem_flags::mem_threadgroup);
 }
 
 // Rows [j0, j1) -> k_out, v_out (n_stream, n_head_kv, pad, d): absolute keys, and values; rows not in use and those from j1 on are 0.
@@ -296,20 +475,19 @@ kernel void kernel_seqkv_expand(
         rows[tiitg] = tiitg < n ? meta[(int64_t) s*args.n_virt + first + tiitg] : -1;
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
+    win += s*args.win_nb2;
+    const int64_t cur_stride = args.n_head_kv*(DK + DV);
+    cur += s*args.n_tokens*cur_stride;
 
     // keys: cells to the domain of frame rows, in x or y
-    for (int item = tiitg; item < SEQKV_EXPAND_ROWS*DK/8; item += nt) {
-        const int r = item/(DK/8), c = item%(DK/8), j = first + r;
-        float z[8] = { 0.0f };
-        if (rows[r] >= 0 && j < args.n_kv) {
-            seqkv_load(CELL_K, BITS_K, GRADED_K, k + s*args.k_nb2 + j*args.k_nb1 + h*args.size_k, c, z);
+    seqkv_expand_cells(CELL_K, BITS_K, GRADED_K, DK, k + s*args.k_nb2 + h*args.size_k, args.k_nb1, first, args.n_kv, rows, x, tiitg, nt);
+    if (FORM_K == SEQKV_DENSE) {
+        device const half * pred = seqkv_pred(prof, h, DK, DV);
+        for (int item = tiitg; item < SEQKV_EXPAND_ROWS*DK; item += nt) {
+            x[item] += rows[item/DK] >= 0 ? (float) pred[(rows[item/DK] & 255)*DK + item%DK] : 0.0f;
         }
-        FOR_UNROLL (int i = 0; i < 8; ++i) {
-            const bool add = FORM_K == SEQKV_DENSE && rows[r] >= 0;
-            x[r*DK + 8*c + i] = z[i] + (add ? (float) seqkv_pred(prof, h, DK, DV)[(rows[r] & 255)*DK + 8*c + i] : 0.0f);
-        }
+        threadgroup_barrier(mem_flags::mem_threadgroup);
     }
-    threadgroup_barrier(mem_flags::mem_threadgroup);
     if (FORM_K == SEQKV_HADAMARD) {
         seqkv_fwht(x, SEQKV_EXPAND_ROWS*DK, DK, tiitg, nt);
     } else if (FORM_K == SEQKV_DENSE) {
@@ -333,24 +511,14 @@ kernel void kernel_seqkv_expand(
         if (rows[r] >= 0) {
             device const float * cs = rot + (int64_t) (rows[r] >> 8)*args.rot_stride;
             key = j < args.n_kv ? seqkv_rotated(keys + r*DK, i, cs, args.n_rot, args.neox, false)
-                : seqkv_rotated(seqkv_exact(args, win, cur, s, j) + h*DK, i, cs, args.n_rot, args.neox, false);
+                : seqkv_rotated(seqkv_exact(win, args.win_nb1, args.n_win, cur, cur_stride, j - args.n_kv) + h*DK, i, cs, args.n_rot, args.neox, false);
         }
         k_out[(out + r)*DK + i] = (half) key;
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
 
     // values
-    for (int item = tiitg; item < SEQKV_EXPAND_ROWS*DV/8; item += nt) {
-        const int r = item/(DV/8), c = item%(DV/8), j = first + r;
-        float z[8] = { 0.0f };
-        if (rows[r] >= 0 && j < args.n_kv) {
-            seqkv_load(CELL_V, BITS_V, 0, v + s*args.v_nb2 + j*args.v_nb1 + h*args.size_v, c, z);
-        }
-        FOR_UNROLL (int i = 0; i < 8; ++i) {
-            x[r*DV + 8*c + i] = z[i];
-        }
-    }
-    threadgroup_barrier(mem_flags::mem_threadgroup);
+    seqkv_expand_cells(CELL_V, BITS_V, 0, DV, v + s*args.v_nb2 + h*args.size_v, args.v_nb1, first, args.n_kv, rows, x, tiitg, nt);
     if (FORM_V == SEQKV_HADAMARD) {
         seqkv_fwht(x, SEQKV_EXPAND_ROWS*DV, DV, tiitg, nt);
     }
@@ -360,7 +528,7 @@ kernel void kernel_seqkv_expand(
         if (rows[r] < 0) {
             value = 0.0f;
         } else if (j >= args.n_kv) {
-            value = seqkv_exact(args, win, cur, s, j)[args.n_head_kv*DK + h*DV + i];
+            value = seqkv_exact(win, args.win_nb1, args.n_win, cur, cur_stride, j - args.n_kv)[args.n_head_kv*DK + h*DV + i];
         } else if (CELL_V == SEQKV_CELL_BLOCKS && args.has_prof) {
             value = value/seqkv_v_scale(prof, h, DK, DV)[i] + seqkv_v_mean(prof, h, DK, DV)[i];
         }
@@ -449,7 +617,7 @@ kernel void kernel_seqkv_prefill(
         for (int r = 0; r < 8; ++r) {
             const bool  on      = keep >> r & 1;
             const float old     = simd_shuffle(m, (ushort) r);
-            const float logit   = on ? seqkv_logit(args, p[r*SEQKV_TILE + lane]) : SEQKV_NO_LOGIT;
+            const float logit   = on ? seqkv_logit(args.scale, args.softcap, p[r*SEQKV_TILE + lane]) : SEQKV_NO_LOGIT;
             const float highest = max(old, simd_max(logit));
             const float e       = on ? exp(logit - highest) : 0.0f;
             const float total   = simd_sum(e);

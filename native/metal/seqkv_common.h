@@ -1,4 +1,4 @@
-// What the Metal kernels of seqkv share: constants of the pipeline, tables, 8 values of a cell, transforms.
+// What the Metal kernels of seqkv share: constants of the pipeline, tables, values of a cell, transforms.
 #pragma once
 
 #include "common.h"
@@ -33,78 +33,75 @@ static inline constant uint32_t * seqkv_nearest_table(int B) {
     return B == 1 ? seqkv_nearest1 : B == 2 ? seqkv_nearest2 : B == 3 ? seqkv_nearest3 : B == 4 ? seqkv_nearest4 : B == 5 ? seqkv_nearest5 : seqkv_nearest6;
 }
 
-// bit k of x -> byte k, x < 16
-static inline uint seqkv_spread(uint x) {
-    return x*0x00204081u & 0x01010101u;
+// gain and scale of values 16*q .. 16*q + 15 of a block
+static inline float seqkv_factor(int bits, int graded, device const uchar * b, int q) {
+    const float gain = graded ? seqkv_gain_graded[(b[0] | (uint) b[1] << 8) >> 5*min(q, 2) & 31] : seqkv_gain[b[0]];
+    return gain*seqkv_scale[seqkv_value_bits(bits, graded, 2*q)];
 }
 
-// values 8*c .. 8*c + 7 of a head's blocks -> y[8]
-static inline void seqkv_load_blocks(int bits, int graded, device const uchar * cell, int c, thread float * y) {
-    const int i = c%8; // byte of the planes
-    device const uchar * b = cell + c/8*(1 + graded + 8*bits);
-    device const uchar * planes = b + 1 + graded + i;
-    const int B = seqkv_value_bits(bits, graded, i);
-    if (B == 0) {
-        FOR_UNROLL (int k = 0; k < 8; ++k) {
-            y[k] = 0.0f;
+// Half h of a block, 32 values: byte m of w[r] is the index of value 32*h + 8*m + r in its table of levels. Bit planes are words, which
+// three steps of a transposition turn; planes that a plan does not have are 0 and cost nothing.
+static inline void seqkv_unpack(int bits, int graded, device const uchar * b, int h, thread uint * w) {
+    const int first = seqkv_value_bits(bits, graded, 4*h), low = seqkv_value_bits(bits, graded, 4*h + 2); // bits of values 0 .. 15, 16 .. 31
+    b += 1 + graded;
+    const uint before = h == 1 && !graded ? (uint) b[3] << 24 : 0; // the path before these values
+    b += 4*h;
+    FOR_UNROLL (int j = 0; j < 7; ++j) {
+        w[j + 1] = j < low ? as_type<uint>(uchar4(*(device const packed_uchar4 *) b)) : j < first ? b[0] | (uint) b[1] << 8 : 0;
+        b += seqkv_plane_bytes(bits, graded, j);
+    }
+    const uint u = w[1], start = graded && h == 0 ? 1u << 16 : 0; // value 16 begins a group
+    w[0] = (u << 2 & ~(3*start)) | before >> 30;
+    w[1] = u ^ ((u << 1 & ~start) | before >> 31) ^ ((u << 3 & ~(7*start)) | before >> 29);
+    FOR_UNROLL (int s = 1; s < 8; s *= 2) {
+        const uint mask = s == 1 ? 0x55555555 : s == 2 ? 0x33333333 : 0x0f0f0f0f;
+        FOR_UNROLL (int j = 0; j < 8; ++j) {
+            if ((j & s) == 0) {
+                const uint t = (w[j] >> s ^ w[j + s]) & mask;
+                w[j]     ^= t << s;
+                w[j + s] ^= t;
+            }
         }
-        return;
-    }
-    const float gain   = graded ? seqkv_gain_graded[(b[0] | (uint) b[1] << 8) >> (i < 2 ? 0 : i < 4 ? 5 : 10) & 31] : seqkv_gain[b[0]];
-    const float factor = gain*seqkv_scale[B];
-
-    // the path of these values, and above 8 bits of that before
-    const bool start = graded ? i == 0 || i == 2 || i == 4 : i == 0;
-    const uint u  = (uint) planes[0] << 8 | (start ? 0 : planes[-1]);
-    const uint z0 = u >> 6 & 255, z1 = (u >> 8 ^ u >> 7 ^ u >> 5) & 255;
-    uint lo = seqkv_spread(z0 & 15) | seqkv_spread(z1 & 15) << 1;
-    uint hi = seqkv_spread(z0 >> 4) | seqkv_spread(z1 >> 4) << 1;
-    for (int j = 1; j < B; ++j) {
-        planes += seqkv_plane_bytes(bits, graded, j - 1);
-        lo |= seqkv_spread(planes[0] & 15) << (j + 1);
-        hi |= seqkv_spread(planes[0] >> 4) << (j + 1);
-    }
-    constant int8_t * level = seqkv_level_table(B);
-    const uchar4 l0 = as_type<uchar4>(lo), l1 = as_type<uchar4>(hi);
-    FOR_UNROLL (int k = 0; k < 4; ++k) {
-        y[k]     = factor*level[l0[k]];
-        y[k + 4] = factor*level[l1[k]];
     }
 }
 
-// ... of other types
-static inline void seqkv_load_other(int type, device const uchar * cell, int c, thread float * y) {
-    const int  j    = 8*(c%4); // first of these in a block of 32
-    const bool high = j >= 16;
-    device const uchar * b;
+// value i of a head's cell of another type
+static inline float seqkv_value(int type, device const uchar * cell, int i) {
+    const int j = i%32; // in a block of 32
     switch (type) {
-        case SEQKV_CELL_F32:  for (int k = 0; k < 8; ++k) { y[k] = ((device const float *) cell)[8*c + k]; } return;
-        case SEQKV_CELL_F16:  for (int k = 0; k < 8; ++k) { y[k] = ((device const half  *) cell)[8*c + k]; } return;
-        case SEQKV_CELL_BF16: for (int k = 0; k < 8; ++k) { y[k] = as_type<float>((uint) ((device const ushort *) cell)[8*c + k] << 16); } return;
-        case SEQKV_CELL_Q8_0:
-            b = cell + c/4*34;
-            for (int k = 0; k < 8; ++k) { y[k] = *(device const half *) b*(float) (int8_t) b[2 + j + k]; }
-            return;
+        case SEQKV_CELL_F32:  return ((device const float *) cell)[i];
+        case SEQKV_CELL_F16:  return ((device const half  *) cell)[i];
+        case SEQKV_CELL_BF16: return as_type<float>((uint) ((device const ushort *) cell)[i] << 16);
+        case SEQKV_CELL_Q8_0: return *(device const half *) (cell + i/32*34)*(float) (int8_t) cell[i/32*34 + 2 + j];
         default: break;
     }
     const bool five = type == SEQKV_CELL_Q5_0 || type == SEQKV_CELL_Q5_1, min = type == SEQKV_CELL_Q4_1 || type == SEQKV_CELL_Q5_1;
     const int head = 2 + (min ? 2 : 0);
-    b = cell + c/4*(head + (five ? 4 : 0) + 16);
+    device const uchar * b = cell + i/32*(head + (five ? 4 : 0) + 16);
     const float d = ((device const half *) b)[0];
     const float m = min ? (float) ((device const half *) b)[1] : five ? -16.0f*d : -8.0f*d;
-    const uint  h = five ? b[head + j/8] : 0; // fifth bits
-    device const uchar * qs = b + head + (five ? 4 : 0) + j%16;
-    for (int k = 0; k < 8; ++k) {
-        const uint q = (high ? qs[k] >> 4 : qs[k] & 15) | (h >> k & 1) << 4;
-        y[k] = type == SEQKV_CELL_IQ4_NL ? d*kvalues_iq4nl_f[q] : d*q + m;
-    }
+    const uint  q = (b[head + (five ? 4 : 0) + j%16] >> j/16*4 & 15) | (five ? b[head + j/8] >> j%8 & 1 : 0) << 4;
+    return type == SEQKV_CELL_IQ4_NL ? d*kvalues_iq4nl_f[q] : d*q + m;
 }
 
-static inline void seqkv_load(int type, int bits, int graded, device const uchar * cell, int c, thread float * y) {
-    if (type == SEQKV_CELL_BLOCKS) {
-        seqkv_load_blocks(bits, graded, cell, c, y);
-    } else {
-        seqkv_load_other(type, cell, c, y);
+// values 32*c .. 32*c + 31 of a head's cell -> x[32]
+static inline void seqkv_load(int type, int bits, int graded, device const uchar * cell, int c, threadgroup float * x) {
+    if (type != SEQKV_CELL_BLOCKS) {
+        for (int i = 0; i < 32; ++i) {
+            x[i] = seqkv_value(type, cell, 32*c + i);
+        }
+        return;
+    }
+    device const uchar * b = cell + c/2*(1 + graded + 8*bits);
+    uint w[8];
+    seqkv_unpack(bits, graded, b, c%2, w);
+    for (int m = 0; m < 4; ++m) {
+        const int   q      = c%2*2 + m/2;
+        const float factor = seqkv_factor(bits, graded, b, q);
+        constant int8_t * level = seqkv_level_table(seqkv_value_bits(bits, graded, 2*q));
+        FOR_UNROLL (int r = 0; r < 8; ++r) {
+            x[8*m + r] = factor*level[w[r] >> 8*m & 255];
+        }
     }
 }
 

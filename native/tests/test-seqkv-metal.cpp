@@ -98,6 +98,20 @@ struct test_rows : public test_seqkv {
     }
 };
 
+// a cache of 4,096 cells, all of them in use and attended to: what decode costs
+struct test_cost : public test_seqkv {
+    test_cost(int bits, bool profile) : test_seqkv(GGML_OP_SEQKV_ATTN, ggml_seqkv_type(bits, profile), ggml_seqkv_type(bits, false), 128, 128, 1, 4, 4096, 68, 1, 1, IN_ORDER, profile) {}
+
+    void initialize_tensors(ggml_context * ctx) override {
+        test_seqkv::initialize_tensors(ctx);
+        const ggml_tensor * meta = ggml_get_tensor(ctx, "meta"), * mask = ggml_get_tensor(ctx, "mask");
+        for (int64_t j = 0; j < n_kv; ++j) {
+            ((int32_t *) meta->data)[j] = (SEQKV_FRAME + j/SEQKV_FRAME) << 8 | j%SEQKV_FRAME;
+        }
+        memset(mask->data, 0, ggml_nbytes(mask));
+    }
+};
+
 std::vector<std::unique_ptr<test_case>> & cases() {
     static std::vector<std::unique_ptr<test_case>> all;
     if (all.empty()) {
@@ -110,9 +124,9 @@ std::vector<std::unique_ptr<test_case>> & cases() {
             }
         }
         all.emplace_back(new test_rows);
-        // what decode costs: every frame of rot in use
         for (const int bits : { 2, 3, 4 }) {
-            all.emplace_back(new test_seqkv(GGML_OP_SEQKV_ATTN, ggml_seqkv_type(bits, true), ggml_seqkv_type(bits, false), 128, 128, 1, 4, 4096, 68, 1));
+            all.emplace_back(new test_cost(bits, true));
+            all.emplace_back(new test_cost(bits, false));
         }
         // prefill over more than one chunk of rows
         all.emplace_back(new test_seqkv(GGML_OP_SEQKV_ATTN, GGML_TYPE_SEQKV3K, GGML_TYPE_SEQKV3, 64, 64, 1, 1, 4200, 68, 9, 1, test_seqkv::IN_ORDER, true, true));
@@ -240,21 +254,29 @@ int64_t metal_differs(void * handle, const uint8_t * data) {
     return n;
 }
 
-// whether STORE into cells of a type (part: enum ggml_seqkv_part), heads of d values, is said to be possible
-bool metal_supports_store(const char * type, int part, int d) {
-    for (int i = 0; i < GGML_TYPE_COUNT; ++i) {
-        if (ggml_type_name((ggml_type) i) && !strcmp(ggml_type_name((ggml_type) i), type)) {
-            ggml_seqkv_params p = {};
-            p.part = part;
-            p.dk   = p.dv = d;
-            ggml_tensor op = {};
-            op.op   = GGML_OP_SEQKV_STORE;
-            op.type = (ggml_type) i;
-            memcpy(op.op_params, &p, sizeof(p));
-            return ggml_seqkv_metal_supported(&op);
+// whether STORE of a part (enum ggml_seqkv_part) into cells of a type, or ATTN with keys of it and values of another, is said to be possible
+bool metal_supports(const char * type, int part, const char * type_v, int dk, int dv) {
+    const auto type_of = [](const char * name) {
+        int i = 0;
+        while (i < GGML_TYPE_COUNT && (!ggml_type_name((ggml_type) i) || strcmp(ggml_type_name((ggml_type) i), name))) {
+            ++i;
         }
-    }
-    return false;
+        GGML_ASSERT(i < GGML_TYPE_COUNT);
+        return (ggml_type) i;
+    };
+    ggml_seqkv_params p = {};
+    p.part = part;
+    p.dk   = dk;
+    p.dv   = dv;
+    ggml_tensor op = {}, k = {}, v = {};
+    op.op     = type_v ? GGML_OP_SEQKV_ATTN : GGML_OP_SEQKV_STORE;
+    op.type   = type_v ? GGML_TYPE_F32 : type_of(type);
+    k.type    = type_of(type);
+    v.type    = type_v ? type_of(type_v) : GGML_TYPE_F32;
+    op.src[1] = &k;
+    op.src[2] = &v;
+    memcpy(op.op_params, &p, sizeof(p));
+    return ggml_seqkv_metal_supported(&op);
 }
 
 void metal_close(void * handle) { delete (run *) handle; }

@@ -26,6 +26,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -54,7 +55,7 @@ METAL = ["-x", "c++", "-std=c++14", "-nostdinc", "-D__METAL_VERSION__=320", "-D_
 COMPILE = [
     "-O2", "-fPIC", "-mf16c", "-fno-exceptions", "-fno-math-errno", "-ffp-contract=off", "-fno-vectorize", "-fno-slp-vectorize", "-gline-tables-only",
     "-Xclang", "-fnative-half-type", "-Wno-everything", "-Werror=c++17-extensions", "-Werror=c++20-extensions",
-    "-fsanitize=thread", "-mllvm", "-tsan-instrument-func-entry-exit=0", "-mllvm", "-tsan-instrument-read-before-write", "-ferror-limit=10",
+    "-mllvm", "-disable-vector-combine", "-fsanitize=thread", "-mllvm", "-tsan-instrument-func-entry-exit=0", "-mllvm", "-tsan-instrument-read-before-write", "-ferror-limit=10",
 ]  # fmt: skip
 
 
@@ -260,8 +261,8 @@ class Library:
 
     def run(self, name: str, grid: Sequence[int], threads: int | Sequence[int], buffers: Mapping[int, int], regions: Sequence[tuple[int, int]],
             threadgroup_bytes: int | Mapping[int, int] = 0, constants: Mapping[int, int] = {}, schedule: int = 0, lockstep: bool = False) -> dict[str, int]:  # fmt: skip
-        """buffers: address by index. regions: (address, bytes) of all memory that the kernel may touch. lockstep: threads of a
-        simdgroup are not checked for races with each other. Returns COUNTERS."""
+        """buffers: address by index. regions: (address, bytes) of all memory that the kernel may touch. lockstep: a
+        simdgroup runs as if it had one program counter, and races within it are none. Returns COUNTERS."""
         shape = (threads, 1, 1) if isinstance(threads, int) else threads
         sizes = {0: threadgroup_bytes} if isinstance(threadgroup_bytes, int) else threadgroup_bytes
 
@@ -290,38 +291,23 @@ def load(source: str, cache: Path, kernels: str = "", baked: Mapping[int, int] =
     headers = "".join((HERE / name).read_text() for name in ("metal_stdlib", "machine.cpp", "emulator.py"))
     key = hashlib.sha256("\0".join([headers, source, kernels, str(sorted(baked.items()))]).encode()).hexdigest()[:16]
     built = cache / f"metal-{key}.so"
-    if not built.exists():
-        cache.mkdir(parents=True, exist_ok=True)
-        text = translate(run_clang(["-E", "-DEMU_PREPROCESS", *METAL, "-"], source), kernels, baked)
-        built.with_suffix(".cpp").write_text(text)
+    if built.exists():
+        return Library(built)
+    cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache) as scratch:  # another process may build the same: what is made is moved to its place
+        text, ir, code, library = (Path(scratch) / name for name in ("kernels.cpp", "kernels.ll", "kernels.o", "kernels.so"))
+        text.write_text(translate(run_clang(["-E", "-DEMU_PREPROCESS", *METAL, "-"], source), kernels, baked))
         # half arguments: the option's name has changed
-        half = (
-            "-fallow-half-arguments-and-returns"
-            if int(run_clang(["-dumpversion"]).split(".")[0]) < 16
-            else "-fnative-half-arguments-and-returns"
-        )
-        ir = run_clang([*COMPILE, "-Xclang", half, *METAL, "-S", "-emit-llvm", "-o", "-", built.with_suffix(".cpp")])
-        built.with_suffix(".ll").write_text(count_operations(ir))
+        version = int(run_clang(["-dumpversion"]).split(".")[0])
+        half = "-fallow-half-arguments-and-returns" if version < 16 else "-fnative-half-arguments-and-returns"
+        made = run_clang([*COMPILE, "-Xclang", half, *METAL, "-S", "-emit-llvm", "-o", "-", text])
+        # clang before 15 takes it that the sanitizer's runtime replaces these
+        ir.write_text(count_operations(re.sub(r"@(memcpy|memmove|memset)\(", r"@__tsan_\1(", made)))
         machine = cache / f"machine-{hashlib.sha256(headers.encode()).hexdigest()[:16]}.o"
         if not machine.exists():
-            run_clang(["-std=c++17", "-O2", "-fPIC", "-c", "-o", f"{machine}.tmp", HERE / "machine.cpp"])
-            Path(f"{machine}.tmp").rename(machine)
-        run_clang(
-            [
-                "-O2",
-                "-fPIC",
-                "-mf16c",
-                "-w",
-                "-c",
-                "-Xclang",
-                "-disable-llvm-passes",
-                "-o",
-                built.with_suffix(".o"),
-                built.with_suffix(".ll"),
-            ]
-        )
-        run_clang(["-shared", "-Wl,-Bsymbolic", "-o", f"{built}.tmp", built.with_suffix(".o"), machine])
-        for suffix in (".ll", ".o"):
-            built.with_suffix(suffix).unlink()
-        Path(f"{built}.tmp").rename(built)
+            run_clang(["-std=c++17", "-O2", "-fPIC", "-c", "-o", Path(scratch) / "machine.o", HERE / "machine.cpp"])
+            (Path(scratch) / "machine.o").rename(machine)
+        run_clang(["-O2", "-fPIC", "-mf16c", "-w", "-c", "-Xclang", "-disable-llvm-passes", "-mllvm", "-disable-block-placement", "-o", code, ir])
+        run_clang(["-shared", "-Wl,-Bsymbolic", "-o", library, code, machine])
+        library.rename(built)
     return Library(built)

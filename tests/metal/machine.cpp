@@ -7,6 +7,10 @@
 // clang's -fsanitize=thread calls us for each load and store; its own runtime is not used. An access has to be inside of a buffer or of
 // threadgroup memory and aligned, threadgroup memory has to be written before it is read, and two accesses of different threads to
 // the same byte, one of them a write, have to be separated by a barrier of their scope whose flags include that memory.
+//
+// Kernels that take it that a simdgroup runs in lockstep are run so on demand: a thread waits before each access, and those of its simdgroup
+// that are first in the code go on together, as if all others were masked out. Then there are no races within a simdgroup, and it is none
+// if a thread of another one stores what is there already.
 #include <algorithm>
 #include <cstdint>
 #include <cstdio>
@@ -51,7 +55,7 @@ constexpr int    SIMD = 32, MAX_THREADS = 1024;
 constexpr size_t STACK = 128*1024, THREADGROUP_MEMORY = 32*1024, GUARD = 4096;
 constexpr unsigned MEM_DEVICE = 1, MEM_THREADGROUP = 2;
 
-enum state { RUN, AT_SIMD, AT_BARRIER, DONE };
+enum state { RUN, AT_ACCESS, AT_SIMD, AT_BARRIER, DONE };
 enum space { DEVICE, THREADGROUP, N_SPACES };
 
 struct fiber {
@@ -61,6 +65,7 @@ struct fiber {
     const char * file;
     int          line;
     unsigned     flags;    // of the barrier
+    void *       access;   // address in the code
 };
 struct simdgroup {
     uint32_t epoch[N_SPACES]; // barriers that order a memory, passed by it
@@ -99,7 +104,11 @@ struct machine {
     counters  count;
     uint64_t  random;
     bool      lockstep;
-    std::string error;
+    void *    same = nullptr;   // a store that has to leave what is there, in lockstep
+    char      there[64];
+    size_t    same_size;
+    void *    same_at;
+    std::string same_error, error;
     void *    error_at;
 };
 machine m;
@@ -113,18 +122,44 @@ std::string where() {
     return text;
 }
 
+void check_same();
+
 void wait(enum state s) {
+    check_same();
     fiber & f = m.fibers[m.current];
     f.state = s;
     emu_switch(&f.sp, m.scheduler);
 }
 
 void fail(const std::string & text, void * at = nullptr) {
+    m.same = nullptr;
     if (m.error.empty()) {
         m.error    = text + where();
         m.error_at = at;
     }
     wait(DONE); // the scheduler sees the error and does not come back
+}
+
+// the store of a moment ago
+void check_same() {
+    if (m.same) {
+        const void * p = m.same;
+        m.same = nullptr;
+        if (memcmp(p, m.there, m.same_size) != 0) {
+            fail(m.same_error, m.same_at);
+        }
+    }
+}
+
+void race(uintptr_t p, size_t n, bool write, const std::string & text, void * at) {
+    if (!m.lockstep || !write || n > sizeof(m.there)) {
+        return fail(text, at);
+    }
+    m.same       = (void *) p;
+    m.same_size  = n;
+    m.same_error = text;
+    m.same_at    = at;
+    memcpy(m.there, m.same, n);
 }
 
 void start() {
@@ -196,6 +231,11 @@ void access(uintptr_t p, size_t n, bool write, bool aligned, void * at) {
     if (m.current < 0 || p - (uintptr_t) m.stacks < STACK*MAX_THREADS) {
         return;
     }
+    check_same();
+    if (m.lockstep && !(p >= (uintptr_t) __ehdr_start && p < (uintptr_t) _end)) {
+        m.fibers[m.current].access = at;
+        wait(AT_ACCESS);
+    }
     const auto what = [=] { return std::string(write ? "store" : "load") + " of " + std::to_string(n) + " bytes"; };
     if (p - (uintptr_t) m.memory < THREADGROUP_MEMORY + 2*GUARD) {
         const size_t i = p - (uintptr_t) m.memory - GUARD;
@@ -210,8 +250,9 @@ void access(uintptr_t p, size_t n, bool write, bool aligned, void * at) {
                 return fail(what() + " of threadgroup memory that was not written, at byte " + std::to_string(k), at);
             }
             if (!note(c, write, THREADGROUP)) {
-                return fail("race: " + what() + " of threadgroup memory at byte " + std::to_string(k) + ", another thread's access has no barrier between, last written by thread "
+                race(p, n, write, "race: " + what() + " of threadgroup memory at byte " + std::to_string(k) + ", another thread's access has no barrier between, last written by thread "
                     + std::to_string(c.write_thread), at);
+                break;
             }
         }
     } else if (region * r = find(p)) {
@@ -225,7 +266,8 @@ void access(uintptr_t p, size_t n, bool write, bool aligned, void * at) {
         ++(write ? m.count.stores : m.count.loads);
         for (size_t k = p - r->begin; r->cells && k < p - r->begin + n; ++k) {
             if (!note(r->cells[k], write, DEVICE)) {
-                return fail("race: " + what() + " of device memory at byte " + std::to_string(k) + " of a buffer, another thread's access has no barrier between", at);
+                race(p, n, write, "race: " + what() + " of device memory at byte " + std::to_string(k) + " of a buffer, another thread's access has no barrier between", at);
+                break;
             }
         }
     } else if (p >= (uintptr_t) __ehdr_start && p < (uintptr_t) _end) {
@@ -263,6 +305,22 @@ bool release(int first, int n) {
     return true;
 }
 
+// in lockstep: the threads of a simdgroup that wait for an access, and are first in the code, go on
+bool step(int first, int n) {
+    void * least = nullptr;
+    for (int i = first; i < first + n; ++i) {
+        if (m.fibers[i].state == AT_ACCESS && (!least || m.fibers[i].access < least)) {
+            least = m.fibers[i].access;
+        }
+    }
+    for (int i = first; least && i < first + n; ++i) {
+        if (m.fibers[i].state == AT_ACCESS && m.fibers[i].access == least) {
+            m.fibers[i].state = RUN;
+        }
+    }
+    return least != nullptr;
+}
+
 void order(std::vector<int> & o, int n, int schedule) {
     o.resize(n);
     for (int i = 0; i < n; ++i) {
@@ -290,7 +348,7 @@ void run_group(int schedule) {
         *--sp = nullptr;
         *--sp = (void *) start;
         sp -= 6;
-        m.fibers[i] = { sp, RUN, "", "", 0, 0 };
+        m.fibers[i] = { sp, RUN, "", "", 0, 0, nullptr };
     }
     std::vector<int> groups, lanes;
     for (int done = 0; done < n;) {
@@ -312,7 +370,7 @@ void run_group(int schedule) {
                         done += f.state == DONE;
                     }
                 }
-            } while (release(first, count));
+            } while (step(first, count) || release(first, count));
             if (!m.error.empty()) {
                 return;
             }
