@@ -14,6 +14,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <numeric>
 #include <vector>
 
 static constexpr int MAX_HEAD = 256;
@@ -493,35 +494,6 @@ static void attn_ref(const ggml_compute_params * params, ggml_tensor * dst) {
     }
 }
 
-// y (d, n) <- x (n, d), multiples of 16
-static void transpose(const float * GGML_RESTRICT x, float * GGML_RESTRICT y, int n, int d) {
-#if defined(__SSE__)
-    for (int i = 0; i < d; i += 4) {
-        for (int j = 0; j < n; j += 4) {
-            __m128 r[4];
-            for (int k = 0; k < 4; ++k) {
-                r[k] = _mm_loadu_ps(x + (j + k)*d + i);
-            }
-            _MM_TRANSPOSE4_PS(r[0], r[1], r[2], r[3]);
-            for (int k = 0; k < 4; ++k) {
-                _mm_storeu_ps(y + (i + k)*n + j, r[k]);
-            }
-        }
-    }
-#else
-    static constexpr int B = 16;
-    for (int i0 = 0; i0 < d; i0 += B) {
-        for (int j0 = 0; j0 < n; j0 += B) {
-            for (int i = i0; i < i0 + B; ++i) {
-                for (int j = j0; j < j0 + B; ++j) {
-                    y[i*n + j] = x[j*d + i];
-                }
-            }
-        }
-    }
-#endif
-}
-
 // Scratch of one thread. Shapes in floats; nq: query rows of the largest tile.
 struct attn_scratch {
     float * q;     // (nq, dk)     queries as given
@@ -537,6 +509,7 @@ struct attn_scratch {
     float * acc_x; // (nq, dv)     sum of p v over exact rows
     float * dec;   // (dk, dk)     D
     float * pred;  // (64, dk)     E R(offset) mean
+    float * add;   // (TILE, dk)   the same for the rows of a tile, in the order of their levels
     float * m;     // (nq)         running maximum
     float * l;     // (nq)         running sum of p
     float * l_z;   // (nq)         its part over transformed values
@@ -547,7 +520,7 @@ struct attn_scratch {
     static size_t floats(const attn_view & a) {
         const size_t dk = a.p.dk, dv = a.p.dv, nq = tile_tokens(a)*a.group;
         const size_t levels = std::max(dk, dv)/SEQKV_BLOCK*(level_tile::LV/sizeof(float) + level_tile::F);
-        const size_t tables = a.form_k == DENSE ? dk*dk + SEQKV_FRAME*dk : 0;
+        const size_t tables = a.form_k == DENSE ? dk*dk + SEQKV_FRAME*dk + TILE*dk : 0;
         const size_t n = nq*(dk + 2*dv + TILE + 3) + FRAME_Q*3*dk + TILE*(3*dk + dv) + levels + tables;
         return GGML_PAD(n, 16) + 16; // threads do not share cache lines
     }
@@ -572,6 +545,7 @@ struct attn_scratch {
         x.f   = take(std::max(dk, dv)/SEQKV_BLOCK*level_tile::F);
         dec   = a.form_k == DENSE ? take(dk*dk) : nullptr;
         pred  = a.form_k == DENSE ? take(SEQKV_FRAME*dk) : nullptr;
+        add   = a.form_k == DENSE ? take(TILE*dk) : nullptr;
         m     = take(nq);
         l     = take(nq);
         l_z   = take(nq);
@@ -591,6 +565,7 @@ struct attn_worker {
     int32_t frames[attn_scratch::FRAME_Q]; // its origin row of rot
     form_t  q_form   = PLAIN;
     bool    has_tables = false;
+    int32_t offsets[TILE]; // of the rows that w.add is for
     bool    has_z      = false; // transformed values have been read
 
     attn_worker(const attn_view & a, const attn_scratch & w, int64_t s, int h, int64_t t0, int nt) :
@@ -618,6 +593,25 @@ struct attn_worker {
         ggml_cpu_fp16_to_fp32(tables.dec,  w.dec,  a.p.dk*a.p.dk);
         ggml_cpu_fp16_to_fp32(tables.pred, w.pred, SEQKV_FRAME*a.p.dk);
         has_tables = true;
+        std::iota(offsets, offsets + TILE, 0);
+        arrange_predictions(w.pred, a.p.dk, w.add);
+    }
+
+    // w.add for the rows of a tile: mostly as it is, since tiles hold the offsets of a frame in their order
+    void set_predictions(const int32_t * meta, int n) {
+        int32_t differ = 0;
+        for (int j = 0; j < n; ++j) {
+            differ |= (meta[j] ^ offsets[j]) & 255 & ~(meta[j] >> 31);
+        }
+        if (!differ) {
+            return;
+        }
+        const int dk = a.p.dk;
+        for (int j = 0; j < TILE; ++j) {
+            offsets[j] = j < n && meta[j] >= 0 ? meta[j] & 255 : j;
+            memcpy(w.k + j*dk, w.pred + offsets[j]*dk, dk*sizeof(float));
+        }
+        arrange_predictions(w.k, dk, w.add);
     }
 
     // x[i] -> its partner in the rotation; the others 0
@@ -739,34 +733,45 @@ struct attn_worker {
         return 0;
     }
 
-    // products of row r with a tile -> probabilities, and what was summed up before is scaled to the new maximum
-    void softmax(int r, const float * bias, int n, int tw, bool transformed_v) const {
+    // products of token t's rows with a tile -> probabilities, and what was summed up before is scaled to the new maximum
+    void softmax(int t, const float * bias, int n, int tw, bool transformed_v) const {
         const auto & p = a.p;
-        float * sr = w.s + r*tw;
+        const int first = t*a.group;
         float scale = p.scale;
         if (p.softcap != 0.0f) {
-            for (int j = 0; j < n; ++j) {
-                sr[j] = tanhf(sr[j]*p.scale/p.softcap);
+            for (int r = first; r < first + a.group; ++r) {
+                for (int j = 0; j < n; ++j) {
+                    w.s[r*tw + j] = tanhf(w.s[r*tw + j]*p.scale/p.softcap);
+                }
             }
             scale = p.softcap;
         }
-        const float max = scale_row(sr, scale, bias, tw);
-        if (max == -INFINITY) {
-            std::fill(sr, sr + tw, 0.0f);
-            return;
+        // step by step for all rows, which wait for nothing of each other
+        float max[GGML_SEQKV_MAX_GROUP];
+        for (int g = 0; g < a.group; ++g) {
+            max[g] = scale_row(w.s + (first + g)*tw, scale, bias, tw);
         }
-        if (max > w.m[r]) {
-            const float f = expf(w.m[r] - max);
-            w.m[r]    = max;
-            w.l[r]   *= f;
-            w.l_z[r] *= f;
-            ggml_vec_scale_f32(p.dv, w.acc_z + r*p.dv, f);
-            ggml_vec_scale_f32(p.dv, w.acc_x + r*p.dv, f);
+        for (int r = first; r < first + a.group; ++r) {
+            if (max[r - first] > w.m[r]) {
+                const float f = expf(w.m[r] - max[r - first]);
+                w.m[r]    = max[r - first];
+                w.l[r]   *= f;
+                w.l_z[r] *= f;
+                ggml_vec_scale_f32(p.dv, w.acc_z + r*p.dv, f);
+                ggml_vec_scale_f32(p.dv, w.acc_x + r*p.dv, f);
+            }
         }
-        const float sum = exp_row(sr, w.m[r], tw);
-        w.l[r] += sum;
-        if (transformed_v) {
-            w.l_z[r] += sum;
+        for (int r = first; r < first + a.group; ++r) {
+            float * sr = w.s + r*tw;
+            if (max[r - first] == -INFINITY) {
+                std::fill(sr, sr + tw, 0.0f);
+                continue;
+            }
+            const float sum = exp_row(sr, w.m[r], tw);
+            w.l[r] += sum;
+            if (transformed_v) {
+                w.l_z[r] += sum;
+            }
         }
     }
 
@@ -803,18 +808,17 @@ struct attn_worker {
         }
 
         if (cells && a.bits_k) {
-            const float * add[TILE];
-            for (int j = 0; form == DENSE && j < tw; ++j) {
-                add[j] = w.pred + (j < n ? meta[j] & (SEQKV_FRAME - 1) : 0)*p.dk;
+            if (form == DENSE) {
+                set_predictions(meta, n);
             }
-            unpack_rows(a.bits_k, a.graded_k, a.cell_k(s, j0, h), a.k->nb[1], live, tw, p.dk, w.x);
+            unpack_keys(a.bits_k, a.graded_k, a.cell_k(s, j0, h), a.k->nb[1], live, n, p.dk, w.x);
             if (frame_q) {
                 const float * q = frame_queries(j0, first_origin(meta, n), form);
-                const auto dot = !a.graded_k ? dot_levels<0, false> : form == DENSE ? dot_levels<1, true> : dot_levels<1, false>;
-                dot(q, w.x, add, nq, tw, p.dk, w.s, tw);
+                const auto dot = !a.graded_k ? dot_keys<0, false> : form == DENSE ? dot_keys<1, true> : dot_keys<1, false>;
+                dot(q, w.x, w.add, nq, tw, p.dk, w.s, tw);
             } else {
-                const auto to_floats = !a.graded_k ? level_floats<0, false> : form == DENSE ? level_floats<1, true> : level_floats<1, false>;
-                to_floats(w.x, add, tw, p.dk, w.k);
+                const auto to_floats = !a.graded_k ? key_floats<0, false> : form == DENSE ? key_floats<1, true> : key_floats<1, false>;
+                to_floats(w.x, w.add, tw, p.dk, w.k, w.kt);
             }
         } else {
             for (int j = 0; j < tw; ++j) {
@@ -834,7 +838,9 @@ struct attn_worker {
         } else if (frame_q) {
             dot_rows(frame_queries(j0, first_origin(meta, n), form), w.k, nq, tw, p.dk, w.s, tw);
         } else {
-            transpose(w.k, w.kt, tw, p.dk);
+            if (!cells || !a.bits_k) {
+                transpose(w.k, w.kt, tw, p.dk);
+            }
             std::fill(w.s, w.s + nq*tw, 0.0f);
             simd_gemm(w.s, w.q, keys_to_absolute(meta, n, tw, form, one_origin), nq, p.dk, tw);
         }
@@ -847,19 +853,17 @@ struct attn_worker {
                 bias[j] = mask[j] == MASKED ? -INFINITY : 0.0f;
             }
             std::fill(bias + n, bias + tw, -INFINITY);
-            for (int r = t*a.group; r < (t + 1)*a.group; ++r) {
-                softmax(r, bias, n, tw, transformed_v);
-            }
+            softmax(t, bias, n, tw, transformed_v);
         }
 
         has_z |= transformed_v;
         if (cells && a.bits_v) {
-            unpack_rows(a.bits_v, 0, a.cell_v(s, j0, h), a.v->nb[1], live, tw, p.dv, w.x);
+            unpack_values(a.bits_v, a.cell_v(s, j0, h), a.v->nb[1], live, n, p.dv, w.x);
             if (frame_q) {
-                mad_levels(w.s, tw, w.x, nq, tw, p.dv, w.acc_z);
+                mad_values(w.s, tw, w.x, nq, tw, p.dv, w.acc_z);
                 return;
             }
-            level_floats<0, false>(w.x, nullptr, tw, p.dv, w.v);
+            value_floats(w.x, tw, p.dv, w.v);
         } else {
             for (int j = 0; j < tw; ++j) {
                 float * vj = w.v + j*p.dv;
