@@ -82,7 +82,8 @@ template <int bits, int graded> struct factor_table {
 };
 template <int bits, int graded> static const factor_table<bits, graded> block_factors;
 
-static inline void prefetch(const void * p) {
+// always inline: as a function of its own it has no effect that gcc knows of, and would be dropped
+static SEQKV_INLINE void prefetch(const void * p) {
 #if defined(__GNUC__)
     __builtin_prefetch(p, 0, 2); // to the second level: a tile of each is much of the first
 #elif defined(__SSE__) || defined(_M_X64)
@@ -91,6 +92,25 @@ static inline void prefetch(const void * p) {
     (void) p;
 #endif
 }
+
+// Rows that are read next, to be prefetched one by one beside products: all at once they would take every buffer for lines on their
+// way, and loads would wait for one.
+struct next_rows {
+    const char * k, * v;
+    size_t       stride_k, stride_v; // bytes from row to row
+    size_t       size_k, size_v;     // of a row
+
+    SEQKV_INLINE void prefetch_row(int j) const {
+        prefetch_bytes(k + j*stride_k, size_k);
+        prefetch_bytes(v + j*stride_v, size_v);
+    }
+    static SEQKV_INLINE void prefetch_bytes(const char * p, size_t n) {
+        for (size_t i = 0; i < n - 1; i += 64) {
+            prefetch(p + i);
+        }
+        prefetch(p + n - 1);
+    }
+};
 
 #if defined(__AVX2__) || defined(__aarch64__)
 
@@ -415,12 +435,6 @@ template <int bits, int graded> SEQKV_FN void unpack_block(const uint8_t * b, in
 
 #endif
 
-// the next tile's block
-template <int bits, int graded> static inline void prefetch_block(const uint8_t * b, size_t stride) {
-    prefetch(b + TILE_ROWS*stride);
-    prefetch(b + TILE_ROWS*stride + seqkv_block_bytes(bits, graded) - 1);
-}
-
 // as unpack_keys for one block of every row
 #if defined(SEQKV_KEYS_BY_VALUE)
 // byte 16*i + r of four values i and 16 rows r from those of 8 rows, 8*r + i, and of 8 more
@@ -446,7 +460,6 @@ template <int bits, int graded> SEQKV_INLINE void read_blocks(const char * src, 
         for (int r = 0; r < 8; ++r) {
             const int j = 8*s + r;
             const uint8_t * b = (const uint8_t *) src + (j < n ? j : n - 1)*stride;
-            prefetch_block<bits, graded>(b, stride);
             gain[j] = (uint16_t) (graded ? b[0] | b[1] << 8 : b[0]);
             for (int k = 0; k < bits; ++k) {
                 w[k][s] = _mm512_mask_broadcastq_epi64(w[k][s], (__mmask8) (1 << r), _mm_loadl_epi64((const __m128i *) (b + 1 + graded + 8*k)));
@@ -498,7 +511,6 @@ template <int bits, int graded> static void unpack_key_column(const char * src, 
     const auto & factors = block_factors<bits, graded>;
     for (int j = 0; j < GGML_PAD(n, 16); ++j, src += stride) {
         const uint8_t * b = (const uint8_t *) src;
-        prefetch_block<bits, graded>(b, stride);
         for (int k = 0; k < (graded ? 3 : 1); ++k) {
             f[k*TILE_ROWS + j] = !live[j] ? 0.0f : factors.f[k][graded ? (b[0] | b[1] << 8) >> 5*k & 31 : b[0]];
         }
@@ -520,7 +532,6 @@ template <int bits> static void unpack_value_column(const char * src, size_t str
     const auto & factors = block_factors<bits, 0>;
     for (int j = 0; j < n; ++j, src += stride) {
         const uint8_t * b = (const uint8_t *) src;
-        prefetch_block<bits, 0>(b, stride);
         f[j] = 0.0f;
         if (live[j]) {
             f[j] = factors.f[0][b[0]];
@@ -856,7 +867,7 @@ template <int graded, bool summed> static void key_floats(const level_tile & x, 
 
 // s (NQ, ld) = q (NQ, d) k^T, plus add if summed, for N vectors of rows of k
 template <int NQ, int N, int graded, bool summed>
-static void dot_key_columns(const float * q, const level_tile & k, const float * add, int d, float * s, int ld) {
+static void dot_key_columns(const float * q, const level_tile & k, const float * add, const next_rows * next, int d, float * s, int ld) {
     vec sum[NQ][N];
     for (int r = 0; r < NQ; ++r) {
         for (int c = 0; c < N; ++c) {
@@ -871,7 +882,11 @@ static void dot_key_columns(const float * q, const level_tile & k, const float *
             for (int c = 0; c < N; ++c) {
                 fc[c] = vload(f + g*TILE_ROWS + c*VEC);
             }
-            for (int i = !graded ? 64 : g < 2 ? 16 : 32; i > 0; --i, ++q, lv += KEY_ROWS, add += TILE_ROWS) {
+            const int end = !graded ? 64 : 16 << g;
+            for (int i = g*16; i < end; ++i, ++q, lv += KEY_ROWS, add += TILE_ROWS) {
+                if (next && b == 0) {
+                    next->prefetch_row(i);
+                }
                 vec kv[N];
                 for (int c = 0; c < N; ++c) {
                     const vec x = vload8(lv + key_at(c*VEC, 0));
@@ -895,14 +910,14 @@ static void dot_key_columns(const float * q, const level_tile & k, const float *
 }
 
 template <int NQ, int graded, bool summed>
-static void dot_keys_block(const float * q, const level_tile & k, const float * add, int n, int d, float * s, int ld) {
+static void dot_keys_block(const float * q, const level_tile & k, const float * add, const next_rows * next, int n, int d, float * s, int ld) {
     static constexpr int N = TILE_ROWS/VEC;
     if (n == TILE_ROWS) {
-        dot_key_columns<NQ, N, graded, summed>(q, k, add, d, s, ld);
+        dot_key_columns<NQ, N, graded, summed>(q, k, add, next, d, s, ld);
         return;
     }
     for (int j = 0; j < n; j += VEC) {
-        dot_key_columns<NQ, 1, graded, summed>(q, { k.lv + key_at(j, 0), k.f + j }, add + j, d, s + j, ld);
+        dot_key_columns<NQ, 1, graded, summed>(q, { k.lv + key_at(j, 0), k.f + j }, add + j, nullptr, d, s + j, ld);
     }
 }
 
@@ -925,7 +940,7 @@ template <int graded, bool summed> static void key_floats(const level_tile & x, 
 // s (NQ, ld) = q (NQ, d) k^T; k: n rows of a tile, plus add if summed; n a multiple of 4. d is a constant, so that few pointers
 // are needed: gcc keeps those that it has no register for in vectors, and what gets them back waits behind the products.
 template <int NQ, int d, int graded, bool summed>
-static void dot_key_rows(const float * q, const level_tile & k, const float * add, int n, float * s, int ld) {
+static void dot_key_rows(const float * q, const level_tile & k, const float * add, const next_rows * next, int n, float * s, int ld) {
     const int8_t * lv = k.lv;
     const float  * f  = k.f;
     for (int j = 0; j < n; j += DOT_K, lv += DOT_K*SEQKV_BLOCK, f += DOT_K, add += DOT_K*d) {
@@ -953,32 +968,35 @@ static void dot_key_rows(const float * q, const level_tile & k, const float * ad
                 }
             }
         }
+        for (int c = 0; next && c < DOT_K; ++c) {
+            next->prefetch_row(j + c);
+        }
         store_sums<NQ>(sum, s + j, ld);
     }
 }
 
 template <int NQ, int graded, bool summed>
-static void dot_keys_block(const float * q, const level_tile & k, const float * add, int n, int d, float * s, int ld) {
+static void dot_keys_block(const float * q, const level_tile & k, const float * add, const next_rows * next, int n, int d, float * s, int ld) {
     switch (d) {
-        case 64:  dot_key_rows<NQ,  64, graded, summed>(q, k, add, n, s, ld); break;
-        case 128: dot_key_rows<NQ, 128, graded, summed>(q, k, add, n, s, ld); break;
-        default:  dot_key_rows<NQ, 256, graded, summed>(q, k, add, n, s, ld); break;
+        case 64:  dot_key_rows<NQ,  64, graded, summed>(q, k, add, next, n, s, ld); break;
+        case 128: dot_key_rows<NQ, 128, graded, summed>(q, k, add, next, n, s, ld); break;
+        default:  dot_key_rows<NQ, 256, graded, summed>(q, k, add, next, n, s, ld); break;
     }
 }
 
 #endif
 
-// s (nq, ld) = q (nq, d) k^T; k: n rows of a tile, plus add if summed, n a multiple of 16
+// s (nq, ld) = q (nq, d) k^T; k: n rows of a tile, plus add if summed, n a multiple of 16; next is prefetched
 template <int graded, bool summed>
-static void dot_keys(const float * q, const level_tile & k, const float * add, int nq, int n, int d, float * s, int ld) {
+static void dot_keys(const float * q, const level_tile & k, const float * add, const next_rows * next, int nq, int n, int d, float * s, int ld) {
     int r = 0;
-    for (; r + 4 <= nq; r += 4) {
-        dot_keys_block<4, graded, summed>(q + r*d, k, add, n, d, s + r*ld, ld);
+    for (; r + 4 <= nq; r += 4, next = nullptr) {
+        dot_keys_block<4, graded, summed>(q + r*d, k, add, next, n, d, s + r*ld, ld);
     }
     switch (nq - r) {
-        case 3: dot_keys_block<3, graded, summed>(q + r*d, k, add, n, d, s + r*ld, ld); break;
-        case 2: dot_keys_block<2, graded, summed>(q + r*d, k, add, n, d, s + r*ld, ld); break;
-        case 1: dot_keys_block<1, graded, summed>(q + r*d, k, add, n, d, s + r*ld, ld); break;
+        case 3: dot_keys_block<3, graded, summed>(q + r*d, k, add, next, n, d, s + r*ld, ld); break;
+        case 2: dot_keys_block<2, graded, summed>(q + r*d, k, add, next, n, d, s + r*ld, ld); break;
+        case 1: dot_keys_block<1, graded, summed>(q + r*d, k, add, next, n, d, s + r*ld, ld); break;
     }
 }
 

@@ -498,8 +498,11 @@ static void attn_ref(const ggml_compute_params * params, ggml_tensor * dst) {
 struct attn_scratch {
     float * q;     // (nq, dk)     queries as given
     float * qs;    // (FRAME_Q, dk) the same, the two of each rotated pair swapped
-    float * qr;    // (FRAME_Q, dk) queries in the frames of the next tiles
-    float * qf;    // (FRAME_Q, dk) the same in the domain of the keys
+    float * qr;    // (FRAME_Q, dk) queries rotated
+    float * qf;    // (FRAMES, FRAME_Q, dk) queries in the frames of the next tiles, in the domain of the keys
+    float * turn;  // (2, FRAMES, dk/2) these frames' cosines and sines
+    float * wv;    // (2, dk/2, dk) what they are multiplied with, for one query
+    float * sums;  // (2, FRAMES, dk) the products
     float * k;     // (TILE, dk)   keys of a tile
     float * kt;    // (dk, TILE)   the same, transposed
     float * ka;    // (dk, TILE)   the same, transformed back
@@ -516,16 +519,21 @@ struct attn_scratch {
     level_tile x;  //              rows of a tile as levels: keys, then values
 
     static constexpr int FRAME_Q = TILE/2; // with up to so many query rows, these are rotated and not the keys
+    static constexpr int FRAMES  = CHUNK/SEQKV_FRAME + 1;
 
     static size_t floats(const attn_view & a) {
         const size_t dk = a.p.dk, dv = a.p.dv, nq = tile_tokens(a)*a.group;
         const size_t levels = std::max(dk, dv)/SEQKV_BLOCK*(level_tile::LV/sizeof(float) + level_tile::F);
-        const size_t tables = a.form_k == DENSE ? dk*dk + SEQKV_FRAME*dk + TILE*dk : 0;
-        const size_t n = nq*(dk + 2*dv + TILE + 3) + FRAME_Q*3*dk + TILE*(3*dk + dv) + levels + tables;
+        const size_t tables = a.form_k == DENSE ? 2*dk*dk + SEQKV_FRAME*dk + TILE*dk + FRAMES*3*dk : 0;
+        const size_t n = nq*(dk + 2*dv + TILE + 3) + FRAME_Q*2*dk + frame_rows(a)*dk + TILE*(3*dk + dv) + levels + tables;
         return GGML_PAD(n, 16) + 16; // threads do not share cache lines
     }
     static int64_t tile_tokens(const attn_view & a) {
         return std::max<int64_t>(1, std::min<int64_t>(a.n_tokens, TILE_Q/a.group));
+    }
+    // of qf: one frame at a time without D
+    static size_t frame_rows(const attn_view & a) {
+        return std::min<size_t>(FRAME_Q, tile_tokens(a)*a.group)*(a.form_k == DENSE ? FRAMES : 1);
     }
     attn_scratch(float * w, const attn_view & a) {
         const size_t dk = a.p.dk, dv = a.p.dv, nq = tile_tokens(a)*a.group;
@@ -533,7 +541,7 @@ struct attn_scratch {
         q     = take(nq*dk);
         qs    = take(FRAME_Q*dk);
         qr    = take(FRAME_Q*dk);
-        qf    = take(FRAME_Q*dk);
+        qf    = take(frame_rows(a)*dk);
         k     = take(TILE*dk);
         kt    = take(TILE*dk);
         ka    = take(TILE*dk);
@@ -546,6 +554,9 @@ struct attn_scratch {
         dec   = a.form_k == DENSE ? take(dk*dk) : nullptr;
         pred  = a.form_k == DENSE ? take(SEQKV_FRAME*dk) : nullptr;
         add   = a.form_k == DENSE ? take(TILE*dk) : nullptr;
+        turn  = a.form_k == DENSE ? take(FRAMES*dk) : nullptr;
+        wv    = a.form_k == DENSE ? take(dk*dk) : nullptr;
+        sums  = a.form_k == DENSE ? take(2*FRAMES*dk) : nullptr;
         m     = take(nq);
         l     = take(nq);
         l_z   = take(nq);
@@ -562,7 +573,7 @@ struct attn_worker {
     int64_t end = 0;  // of the range of the virtual axis
     int     nt, nq;   // tokens, query rows = nt*group; row r is token r/group, head r%group
     int     n_frames = 0; // what w.qf holds: nq rows for each frame
-    int32_t frames[attn_scratch::FRAME_Q]; // its origin row of rot
+    int32_t frames[attn_scratch::FRAMES]; // its origin row of rot
     form_t  q_form   = PLAIN;
     bool    has_tables = false;
     int32_t offsets[TILE]; // of the rows that w.add is for
@@ -625,10 +636,9 @@ struct attn_worker {
         std::fill(y + n_rot, y + a.p.dk, 0.0f);
     }
 
-    // R(-t0) q -> y (nq, dk)
-    void rotate_queries(int32_t origin, float * y) const {
+    // R(-t) q -> y (nq, dk); cs: row of rot for t
+    void rotate_queries(const float * cs, float * y) const {
         const int dk = a.p.dk, n_rot = a.p.n_rot, half = n_rot/2;
-        const float * cs = a.rot.origin(origin << 8);
         float c[MAX_HEAD], sn[MAX_HEAD];
         if (a.p.neox) {
             for (int i = 0; i < half; ++i) {
@@ -654,8 +664,82 @@ struct attn_worker {
         }
     }
 
+    // cosines and sines of x from y, rows of rot of n pairs
+    static void turn(const float * GGML_RESTRICT x, const float * GGML_RESTRICT y, int n, float * GGML_RESTRICT cosine, float * GGML_RESTRICT sine) {
+        for (int i = 0; i < n; ++i) {
+            cosine[i] = x[2*i]*y[2*i] + x[2*i + 1]*y[2*i + 1];
+            sine  [i] = x[2*i + 1]*y[2*i] - x[2*i]*y[2*i + 1];
+        }
+    }
+
+    // D^T R(-t0) q for all frames -> w.qf. Of a query turned to t, with its i-th rotated pair (x0, x1) and the rows D0, D1 of D for it,
+    //     D^T R(-t0) q = sum_i cos((t0 - t) f_i) W_i + sin((t0 - t) f_i) V_i,   W_i = x0 D0 + x1 D1,  V_i = x1 D0 - x0 D1
+    // and the rows of D that are not rotated. With t in the middle, frames as far before as behind it differ in the sines' sign alone.
+    void transform_queries() const {
+        const auto & p = a.p;
+        const int dk = p.dk, n_pair = p.n_rot/2, last = (n_frames - 1)/2; // last frame before the middle, which is half a frame behind its origin
+        float middle[MAX_HEAD];
+        const float * x = a.rot.origin(frames[last] << 8), * half = a.rot.offset(SEQKV_FRAME/2);
+        for (int i = 0; i < 2*n_pair; i += 2) {
+            middle[i]     = x[i]*half[i] - x[i + 1]*half[i + 1];
+            middle[i + 1] = x[i + 1]*half[i] + x[i]*half[i + 1];
+        }
+        float * cosine = w.turn, * sine = w.turn + attn_scratch::FRAMES*n_pair;
+        for (int f = 0; f < n_frames; ++f) {
+            turn(a.rot.origin(frames[f] << 8), middle, n_pair, cosine + f*n_pair, sine + f*n_pair);
+        }
+        // frames are at any distance after a context shift; equal to the rounding of rot is enough
+        const auto mirror = [last](int f) { return 2*last + 1 - f; };
+        int differ = 0;
+        for (int f = std::max(0, mirror(n_frames - 1)); f <= last; ++f) {
+            const int g = mirror(f);
+            for (int i = 0; i < n_pair; ++i) {
+                differ |= fabsf(cosine[f*n_pair + i] - cosine[g*n_pair + i]) > 1e-6f;
+                differ |= fabsf(sine  [f*n_pair + i] + sine  [g*n_pair + i]) > 1e-6f;
+            }
+        }
+        const bool mirrored = !differ;
+        const int  n        = mirrored ? last + 1 : n_frames;
+
+        rotate_queries(middle, w.qr);
+        float * W = w.wv, * V = w.wv + n_pair*dk, * even = w.sums, * odd = w.sums + n*dk;
+        for (int r = 0; r < nq; ++r) {
+            x = w.qr + r*dk;
+            for (int i = 0; i < n_pair; ++i) {
+                const int i0 = p.neox ? i : 2*i, i1 = p.neox ? i + n_pair : 2*i + 1;
+                const vec x0 = vset1(x[i0]), x1 = vset1(x[i1]), minus_x0 = vset1(-x[i0]);
+                for (int c = 0; c < dk; c += VEC) {
+                    const vec d0 = vload(w.dec + i0*dk + c), d1 = vload(w.dec + i1*dk + c);
+                    vstore(W + i*dk + c, vmad(x0, d0, vmul(x1, d1)));
+                    vstore(V + i*dk + c, vmad(x1, d0, vmul(minus_x0, d1)));
+                }
+            }
+            std::fill(even, even + 2*n*dk, 0.0f);
+            if (p.n_rot < dk) {
+                mad_rows(x + p.n_rot, dk, w.dec + p.n_rot*dk, 1, dk - p.n_rot, dk, even);
+                for (int f = 1; f < n; ++f) {
+                    memcpy(even + f*dk, even, dk*sizeof(float));
+                }
+            }
+            mad_rows(cosine, n_pair, W, n, n_pair, dk, even);
+            mad_rows(sine,   n_pair, V, n, n_pair, dk, odd);
+            for (int f = 0; f < n; ++f) {
+                float * y = w.qf + (f*nq + r)*dk;
+                for (int c = 0; c < dk; c += VEC) {
+                    vstore(y + c, vadd(vload(even + f*dk + c), vload(odd + f*dk + c)));
+                }
+                if (mirrored && mirror(f) < n_frames) {
+                    y = w.qf + (mirror(f)*nq + r)*dk;
+                    for (int c = 0; c < dk; c += VEC) {
+                        vstore(y + c, vmad(vset1(-1.0f), vload(odd + f*dk + c), vload(even + f*dk + c)));
+                    }
+                }
+            }
+        }
+    }
+
     // Queries R(-t0) q in the domain of the keys: as they are, H R(-t0) q or D^T R(-t0) q. With D those of the frames after row j0
-    // are made as well, as many as there is room for: D leaves the cache between tiles.
+    // are made as well.
     const float * frame_queries(int64_t j0, int32_t origin, form_t form) {
         const int dk = a.p.dk;
         for (int k = 0; k < n_frames; ++k) {
@@ -666,25 +750,20 @@ struct attn_worker {
         q_form    = form;
         n_frames  = 1;
         frames[0] = origin;
-        const int32_t     * meta = a.meta_row(s);
-        const ggml_fp16_t * mask = a.mask_row(s, t0);
-        for (int64_t j = j0 + TILE; form == DENSE && j < std::min<int64_t>(end, a.p.n_kv) && (n_frames + 1)*nq <= attn_scratch::FRAME_Q; j += TILE) {
-            if (meta[j] >= 0 && meta[j] >> 8 != frames[n_frames - 1] && mask[j] != MASKED) {
-                frames[n_frames++] = meta[j] >> 8;
-            }
-        }
-        float * rotated = form == DENSE ? w.qr : w.qf;
-        for (int k = 0; k < n_frames; ++k) {
-            rotate_queries(frames[k], rotated + k*nq*dk);
-        }
-        if (form == HADAMARD) {
-            for (int r = 0; r < nq; ++r) {
-                fwht_row(w.qf + r*dk, dk);
-            }
-        }
         if (form == DENSE) {
-            std::fill(w.qf, w.qf + n_frames*nq*dk, 0.0f);
-            mad_rows(w.qr, dk, w.dec, n_frames*nq, dk, dk, w.qf);
+            const int32_t     * meta = a.meta_row(s);
+            const ggml_fp16_t * mask = a.mask_row(s, t0);
+            for (int64_t j = j0 + TILE; j < std::min<int64_t>(end, a.p.n_kv) && n_frames < attn_scratch::FRAMES; j += TILE) {
+                if (meta[j] >= 0 && meta[j] >> 8 != frames[n_frames - 1] && mask[j] != MASKED) {
+                    frames[n_frames++] = meta[j] >> 8;
+                }
+            }
+            transform_queries();
+            return w.qf;
+        }
+        rotate_queries(a.rot.origin(origin << 8), w.qf);
+        for (int r = 0; form == HADAMARD && r < nq; ++r) {
+            fwht_row(w.qf + r*dk, dk);
         }
         return w.qf;
     }
@@ -807,6 +886,13 @@ struct attn_worker {
             set_tables();
         }
 
+        const next_rows next = {
+            a.cell_k(s, j0 + TILE, h), a.cell_v(s, j0 + TILE, h), a.k->nb[1], a.v->nb[1], ggml_row_size(a.k->type, p.dk), ggml_row_size(a.v->type, p.dv),
+        };
+        for (int j = 0; cells && !(a.bits_k && frame_q) && j < TILE; ++j) {
+            next.prefetch_row(j);
+        }
+
         if (cells && a.bits_k) {
             if (form == DENSE) {
                 set_predictions(meta, n);
@@ -815,7 +901,7 @@ struct attn_worker {
             if (frame_q) {
                 const float * q = frame_queries(j0, first_origin(meta, n), form);
                 const auto dot = !a.graded_k ? dot_keys<0, false> : form == DENSE ? dot_keys<1, true> : dot_keys<1, false>;
-                dot(q, w.x, w.add, nq, tw, p.dk, w.s, tw);
+                dot(q, w.x, w.add, &next, nq, tw, p.dk, w.s, tw);
             } else {
                 const auto to_floats = !a.graded_k ? key_floats<0, false> : form == DENSE ? key_floats<1, true> : key_floats<1, false>;
                 to_floats(w.x, w.add, tw, p.dk, w.k, w.kt);
