@@ -244,9 +244,8 @@ SEQKV_INLINE void unpack_values_of_rows(const __m512i (&w)[bits][2], const __m51
         }
         x[s] = B == 6 ? _mm512_permutex2var_epi8(level[k], l, level[3]) : _mm512_permutexvar_epi8(l, level[k]);
     }
-    for (int k = 0; k < 2; ++k) {
-        _mm512_storeu_si512(lv + (8*o + 4*k)*KEY_ROWS, _mm512_permutex2var_epi8(x[0], by_value[k], x[1]));
-    }
+    _mm512_storeu_si512(lv + (8*o    )*KEY_ROWS, _mm512_permutex2var_epi8(x[0], by_value[0], x[1]));
+    _mm512_storeu_si512(lv + (8*o + 4)*KEY_ROWS, _mm512_permutex2var_epi8(x[0], by_value[1], x[1]));
 }
 
 #elif defined(__AVX2__)
