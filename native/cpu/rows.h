@@ -1,8 +1,10 @@
 // Inner loops of the attention op over rows of head vectors, for each instruction set:
-//     unpack_rows   blocks of a head -> int8 levels and factors
-//     level_floats  these -> floats
-//     dot_levels    s = q k^T of a few queries with them
-//     mad_levels    y += p x of them, for a few rows p
+//     unpack_keys   blocks of a head -> int8 levels and factors
+//     key_floats    these -> floats
+//     dot_keys      s = q k^T of a few queries with them
+//     unpack_values blocks of a head -> int8 levels and factors, row by row
+//     value_floats  these -> floats
+//     mad_values    y += p x of them, for a few rows p
 //     dot_rows      s = q k^T for a few queries, both along their rows: no transposition
 //     mad_rows      y += p x for a few rows p
 // The instruction set is that of the compilation; ggml builds this file once for each variant of its CPU backend.
@@ -44,13 +46,24 @@
 
 static constexpr int TILE_ROWS = 64; // most rows of a tile
 
-// Blocks of the rows of a tile, unpacked: value i of row j is f[i/64][group of i][j] * lv[i/64][j][i%64].
+// Blocks of the rows of a tile, unpacked: value i of row j is f[i/64][group of i][j] * lv[i/64][at], at of a key key_at(j, i%64), of a
+// value 64*j + i%64.
 struct level_tile {
     int8_t * lv; // (d/64, TILE_ROWS, 64)
     float  * f;  // (d/64, 3, TILE_ROWS): the uniform plan has one group, the others are not used
 
     static constexpr int LV = TILE_ROWS*SEQKV_BLOCK, F = 3*TILE_ROWS; // of one block column
 };
+
+// Keys lie by value where a look-up can leave them so, KEY_ROWS rows side by side: a vector is then the same value of many rows,
+// which is multiplied by one value of a query, and there are no sums across lanes. Elsewhere they lie by row.
+#if defined(__AVX512VBMI__) && defined(__AVX512BW__)
+#    define SEQKV_KEYS_BY_VALUE
+static constexpr int KEY_ROWS = 16;
+#else
+static constexpr int KEY_ROWS = 1;
+#endif
+static constexpr int key_at(int j, int i) { return (j/KEY_ROWS*SEQKV_BLOCK + i)*KEY_ROWS + j%KEY_ROWS; }
 
 // group of values 16*q .. 16*q + 15 of a block
 static constexpr int group_of(int graded, int q) { return !graded ? 0 : q < 2 ? q : 2; }
@@ -69,7 +82,8 @@ template <int bits, int graded> struct factor_table {
 };
 template <int bits, int graded> static const factor_table<bits, graded> block_factors;
 
-static inline void prefetch(const void * p) {
+// always inline: as a function of its own it has no effect that gcc knows of, and would be dropped
+static SEQKV_INLINE void prefetch(const void * p) {
 #if defined(__GNUC__)
     __builtin_prefetch(p, 0, 2); // to the second level: a tile of each is much of the first
 #elif defined(__SSE__) || defined(_M_X64)
@@ -79,7 +93,24 @@ static inline void prefetch(const void * p) {
 #endif
 }
 
-// unpacker(b, lv): the levels lv[64] of a block. It holds the constants of a plan, for the loop over the rows.
+// Rows that are read next, to be prefetched one by one beside products: all at once they would take every buffer for lines on their
+// way, and loads would wait for one.
+struct next_rows {
+    const char * k, * v;
+    size_t       stride_k, stride_v; // bytes from row to row
+    size_t       size_k, size_v;     // of a row
+
+    SEQKV_INLINE void prefetch_row(int j) const {
+        prefetch_bytes(k + j*stride_k, size_k);
+        prefetch_bytes(v + j*stride_v, size_v);
+    }
+    static SEQKV_INLINE void prefetch_bytes(const char * p, size_t n) {
+        for (size_t i = 0; i < n - 1; i += 64) {
+            prefetch(p + i);
+        }
+        prefetch(p + n - 1);
+    }
+};
 
 #if defined(__AVX2__) || defined(__aarch64__)
 
@@ -117,42 +148,32 @@ template <int bits, int graded> struct plane_map {
 #if defined(__AVX512VBMI__) && defined(__AVX512BW__)
 
 // A multishift takes 8 bits from anywhere in a word to a byte: u(i-3) .. u(i) of the path at once, or a code bit to its place in
-// the index. The words are those of the block behind its gains; the last one of a graded block holds three planes.
+// the index. The words are those of the block behind its gains; the last one of a graded block holds three planes. What is above
+// the bits that were asked for is left there: the next bit's byte is taken in its place, and look-ups take 6 bits.
 template <int bits, int graded> struct unpack_tables {
-    static constexpr int  n_code = bits + 2*graded;      // code planes; 0 is the path
-    static constexpr bool direct = !graded && bits <= 3; // the path's four bits select a level, without z1 and z0
-    static constexpr int  n_low  = direct ? 4 : 2;       // index bits from the path
-    static constexpr bool own0   = graded && bits >= 3;  // values 0..15 have a table of their own
+    static constexpr bool direct(int B) { return B <= 3; }         // the path's four bits select a level, without z1 and z0
+    static constexpr int  low   (int B) { return direct(B) ? 4 : 2; } // index bits from the path
+    static constexpr int  word  (int j) { return j < bits ? j : bits - 1; }
+    static constexpr int  first (int j) { return j < bits ? 0 : j == bits ? 32 : 48; } // bit of value 0 in its word
 
-    static constexpr int word (int j) { return j < bits ? j : bits - 1; }
-    static constexpr int first(int j) { return j < bits ? 0 : j == bits ? 32 : 48; } // bit of value 0 in its word
-
-    alignas(64) uint8_t path[64], keep[64], z[64], shift[6][64], bit[6][64], own[128] = {}, level[64] = {};
+    alignas(64) uint8_t path[64], keep[64], bit[6][64], z[64], level[3][128] = {};
 
     unpack_tables() {
-        // where in level those of each 16 values begin
-        const int one = graded && !own0 ? 8 << bits : 0, two = graded ? one + (2 << bits) : 0;
-        const int base[4] = { 0, one, two, two };
         for (int i = 0; i < 64; ++i) {
+            const int B     = seqkv_value_bits(bits, graded, i/16);
             const int begin = !graded ? 0 : i < 16 ? 0 : i < 32 ? 16 : 32;
             path[i] = (uint8_t) ((i - 3) & 63);
             keep[i] = (uint8_t) (i - begin < 3 ? 15 & 15 << (3 - (i - begin)) : 15);
-            z[i]    = (uint8_t) (base[i/16] | z_of(i%16));
-            for (int j = 1; j < n_code; ++j) {
-                shift[j][i] = (uint8_t) ((first(j) + i - (n_low + j - 1)) & 63);
-                bit  [j][i] = (uint8_t) (j < seqkv_value_bits(bits, graded, i/16) ? 1 << (n_low + j - 1) : 0);
+            z[i]    = (uint8_t) z_of(i%16);
+            for (int j = 1; j < 6; ++j) {
+                bit[j][i] = (uint8_t) ((first(j) + i - (low(B) + j - 1)) & 63);
             }
-        }
-        if (direct) {
-            for (int i = 0; i < 8 << bits; ++i) {
-                level[i & 63] = (uint8_t) seqkv_level_table(bits)[4*(i/16) + z_of(i%16)];
-            }
-            return;
         }
         for (int k = 0; k < (graded ? 3 : 1); ++k) {
             const int B = seqkv_value_bits(bits, graded, k);
-            for (int i = 0; B > 0 && i < 2 << B; ++i) {
-                (k == 0 && own0 ? own : level + base[k])[i] = (uint8_t) seqkv_level_table(B)[i];
+            for (int i = 0; B > 0 && i < 128; ++i) {
+                const int l = direct(B) ? 4*(i/16) + z_of(i%16) : i;
+                level[k][i] = (uint8_t) seqkv_level_table(B)[l & ((2 << B) - 1)];
             }
         }
     }
@@ -160,48 +181,72 @@ template <int bits, int graded> struct unpack_tables {
 };
 template <int bits, int graded> static const unpack_tables<bits, graded> block_tables;
 
-template <int bits, int graded> struct unpacker {
-    using tables = unpack_tables<bits, graded>;
+// what an index keeps of its lower n bits when the next one is put above them
+static inline __m512i put_above(int n, __m512i l, __m512i next) {
+    return _mm512_ternarylogic_epi64(l, next, _mm512_set1_epi8((char) ((1 << n) - 1)), 0xe4);
+}
 
-    __m512i path, keep, z, shift[6], bit[6], own[2], level;
+// the levels lv[64] of a block of the uniform plan
+template <int bits> struct unpacker {
+    using tables = unpack_tables<bits, 0>;
+
+    __m512i path, keep, z, bit[bits], level; // constants, for the loop over the rows
 
     unpacker() {
-        const auto & t = block_tables<bits, graded>;
+        const auto & t = block_tables<bits, 0>;
         const auto load = [](const uint8_t * x) { return _mm512_load_si512(x); };
         path  = load(t.path);
         keep  = load(t.keep);
         z     = load(t.z);
-        level = load(t.level);
-        for (int j = 1; j < tables::n_code; ++j) {
-            shift[j] = load(t.shift[j]);
-            bit  [j] = load(t.bit[j]);
+        level = load(t.level[0]);
+        for (int j = 1; j < bits; ++j) {
+            bit[j] = load(t.bit[j]);
         }
-        own[0] = load(t.own);
-        own[1] = load(t.own + 64);
     }
 
     SEQKV_INLINE void operator()(const uint8_t * b, int8_t * lv) const {
-        __m512i w[bits];
-        for (int k = 0; k < bits; ++k) {
-            w[k] = _mm512_set1_epi64((long long) load_word(b + 1 + graded + 8*k));
+        const auto word = [b](int k) { return _mm512_set1_epi64((long long) load_word(b + 1 + 8*k)); };
+        __m512i l = _mm512_and_si512(_mm512_multishift_epi64_epi8(path, word(0)), keep);
+        if (!tables::direct(bits)) {
+            l = _mm512_permutexvar_epi8(l, z);
         }
-        __m512i l = _mm512_and_si512(_mm512_multishift_epi64_epi8(path, w[0]), keep);
-        if (!tables::direct) {
-            l = _mm512_shuffle_epi8(z, l);
+        for (int j = 1; j < bits; ++j) {
+            l = put_above(tables::low(bits) + j - 1, l, _mm512_multishift_epi64_epi8(bit[j], word(j)));
         }
-        for (int j = 1; j < tables::n_code; ++j) {
-            const __m512i moved = _mm512_multishift_epi64_epi8(shift[j], w[tables::word(j)]);
-            l = _mm512_ternarylogic_epi64(moved, bit[j], l, 0xea); // moved & bit | l
-        }
-        __m512i x = _mm512_permutexvar_epi8(l, level);
-        if (tables::own0) {
-            const __mmask64 lane = 0xffff;
-            x = bits == 3 ? _mm512_mask_permutexvar_epi8(x, lane, l, own[0])
-                          : _mm512_mask_blend_epi8(lane, x, _mm512_permutex2var_epi8(own[0], l, own[1]));
-        }
-        _mm512_storeu_si512(lv, x);
+        _mm512_storeu_si512(lv, _mm512_permutexvar_epi8(l, level));
     }
 };
+
+// Levels 8*o .. 8*o + 7 of 16 rows, by value; word r of w[k][s]: word k of row 8*s + r. level: the tables of the groups, at last the
+// rest of that of 6 bits
+template <int bits, int graded, int o>
+SEQKV_INLINE void unpack_values_of_rows(const __m512i (&w)[bits][2], const __m512i (&level)[4], __m512i z, const __m512i (&by_value)[2], int8_t * lv) {
+    using tables = unpack_tables<bits, graded>;
+    const auto & t = block_tables<bits, graded>;
+    constexpr int k = group_of(graded, o/2);
+    const int B = seqkv_value_bits(bits, graded, k);
+    const auto each = [](const uint8_t * x) { return _mm512_set1_epi64((long long) load_word(x + 8*o)); };
+    __m512i x[2];
+    for (int s = 0; s < 2; ++s) {
+        if (B == 0) {
+            x[s] = _mm512_setzero_si512();
+            continue;
+        }
+        __m512i l = _mm512_multishift_epi64_epi8(each(t.path), w[0][s]);
+        if (o == 0 || (graded && (o == 2 || o == 4))) {
+            l = _mm512_and_si512(l, each(t.keep));
+        }
+        if (!tables::direct(B)) {
+            l = _mm512_permutexvar_epi8(l, z);
+        }
+        for (int j = 1; j < B; ++j) {
+            l = put_above(tables::low(B) + j - 1, l, _mm512_multishift_epi64_epi8(each(t.bit[j]), w[tables::word(j)][s]));
+        }
+        x[s] = B == 6 ? _mm512_permutex2var_epi8(level[k], l, level[3]) : _mm512_permutexvar_epi8(l, level[k]);
+    }
+    _mm512_storeu_si512(lv + (8*o    )*KEY_ROWS, _mm512_permutex2var_epi8(x[0], by_value[0], x[1]));
+    _mm512_storeu_si512(lv + (8*o + 4)*KEY_ROWS, _mm512_permutex2var_epi8(x[0], by_value[1], x[1]));
+}
 
 #elif defined(__AVX2__)
 
@@ -389,41 +434,129 @@ template <int bits, int graded> SEQKV_FN void unpack_block(const uint8_t * b, in
 
 #endif
 
-#if !(defined(__AVX512VBMI__) && defined(__AVX512BW__))
-template <int bits, int graded> struct unpacker {
-    SEQKV_INLINE void operator()(const uint8_t * b, int8_t * lv) const { unpack_block<bits, graded>(b, lv); }
-};
-#endif
+// as unpack_keys for one block of every row
+#if defined(SEQKV_KEYS_BY_VALUE)
+// byte 16*i + r of four values i and 16 rows r from those of 8 rows, 8*r + i, and of 8 more
+struct by_value_tables {
+    alignas(64) uint8_t at[2][64];
 
-// as unpack_rows for one block of every row
-template <int bits, int graded> static void unpack_column(const char * src, size_t stride, const bool * live, int n, int8_t * lv, float * f) {
-    const unpacker<bits, graded> unpack;
-    const auto & factors = block_factors<bits, graded>;
-    for (int j = 0; j < n; ++j, src += stride) {
-        const uint8_t * b = (const uint8_t *) src;
-        prefetch(b + TILE_ROWS*stride); // the next tile
-        prefetch(b + TILE_ROWS*stride + seqkv_block_bytes(bits, graded) - 1);
-        if (!live[j]) {
-            for (int k = 0; k < (graded ? 3 : 1); ++k) {
-                f[k*TILE_ROWS + j] = 0.0f;
+    by_value_tables() {
+        for (int i = 0; i < 128; ++i) {
+            at[i/64][i%64] = (uint8_t) (i%16/8*64 + i%8*8 + i/16);
+        }
+    }
+};
+static const by_value_tables by_value;
+
+// words and gains of the blocks of 16 rows, the last ones the same if there are fewer
+template <int bits, int graded> SEQKV_INLINE void read_blocks(const char * src, size_t stride, int n, __m512i (&w)[bits][2], uint16_t * gain) {
+    for (int k = 0; k < bits; ++k) {
+        w[k][0] = w[k][1] = _mm512_setzero_si512();
+    }
+    SEQKV_UNROLL
+    for (int s = 0; s < 2; ++s) {
+        SEQKV_UNROLL
+        for (int r = 0; r < 8; ++r) {
+            const int j = 8*s + r;
+            const uint8_t * b = (const uint8_t *) src + (j < n ? j : n - 1)*stride;
+            gain[j] = (uint16_t) (graded ? b[0] | b[1] << 8 : b[0]);
+            for (int k = 0; k < bits; ++k) {
+                w[k][s] = _mm512_mask_broadcastq_epi64(w[k][s], (__mmask8) (1 << r), _mm_loadl_epi64((const __m128i *) (b + 1 + graded + 8*k)));
             }
-            continue;
         }
-        for (int k = 0; k < (graded ? 3 : 1); ++k) {
-            f[k*TILE_ROWS + j] = factors.f[k][graded ? (b[0] | b[1] << 8) >> 5*k & 31 : b[0]];
-        }
-        unpack(b, lv + j*SEQKV_BLOCK);
     }
 }
 
-// Rows of a tile: row j at src + j*stride. The factors are 0 where live[j] is not set; the levels are anything there.
-static void unpack_rows(int bits, int graded, const char * src, size_t stride, const bool * live, int n, int d, const level_tile & x) {
-    static constexpr decltype(&unpack_column<1, 0>) columns[4][2] = {
-        { unpack_column<1, 0>, unpack_column<1, 1> }, { unpack_column<2, 0>, unpack_column<2, 1> },
-        { unpack_column<3, 0>, unpack_column<3, 1> }, { unpack_column<4, 0>, unpack_column<4, 1> },
+template <int bits, int graded> static void unpack_key_column(const char * src, size_t stride, const bool * live, int n, int8_t * lv, float * f) {
+    const auto & t = block_tables<bits, graded>;
+    const auto load = [](const uint8_t * x) { return _mm512_load_si512(x); };
+    const __m512i z        = load(t.z);
+    const __m512i level[4] = { load(t.level[0]), load(t.level[1]), load(t.level[2]), load(t.level[0] + 64) };
+    const __m512i order[2] = { load(by_value.at[0]), load(by_value.at[1]) };
+    const auto & factors = block_factors<bits, graded>;
+    for (int j = 0; j < n; j += KEY_ROWS, lv += KEY_ROWS*SEQKV_BLOCK) {
+        alignas(32) uint16_t gain[KEY_ROWS];
+        __m512i w[bits][2];
+        if (j + KEY_ROWS <= n) {
+            read_blocks<bits, graded>(src + j*stride, stride, KEY_ROWS, w, gain);
+        } else {
+            read_blocks<bits, graded>(src + j*stride, stride, n - j, w, gain);
+        }
+        unpack_values_of_rows<bits, graded, 0>(w, level, z, order, lv);
+        unpack_values_of_rows<bits, graded, 1>(w, level, z, order, lv);
+        unpack_values_of_rows<bits, graded, 2>(w, level, z, order, lv);
+        unpack_values_of_rows<bits, graded, 3>(w, level, z, order, lv);
+        unpack_values_of_rows<bits, graded, 4>(w, level, z, order, lv);
+        unpack_values_of_rows<bits, graded, 5>(w, level, z, order, lv);
+        unpack_values_of_rows<bits, graded, 6>(w, level, z, order, lv);
+        unpack_values_of_rows<bits, graded, 7>(w, level, z, order, lv);
+        if (!graded) {
+            for (int r = 0; r < KEY_ROWS; ++r) {
+                f[j + r] = live[j + r] ? factors.f[0][gain[r]] : 0.0f;
+            }
+            continue;
+        }
+        const __m512i   g     = _mm512_cvtepu16_epi32(_mm256_load_si256((const __m256i *) gain));
+        const __mmask16 there = _mm_test_epi8_mask(_mm_loadu_si128((const __m128i *) (live + j)), _mm_set1_epi8(1));
+        for (int k = 0; k < 3; ++k) {
+            const float * of = factors.f[graded ? k : 0];
+            _mm512_storeu_ps(f + k*TILE_ROWS + j,
+                _mm512_maskz_permutex2var_ps(there, _mm512_loadu_ps(of), _mm512_srli_epi32(g, 5*k), _mm512_loadu_ps(of + 16)));
+        }
+    }
+}
+#else
+template <int bits, int graded> static void unpack_key_column(const char * src, size_t stride, const bool * live, int n, int8_t * lv, float * f) {
+    const auto & factors = block_factors<bits, graded>;
+    for (int j = 0; j < GGML_PAD(n, 16); ++j, src += stride) {
+        const uint8_t * b = (const uint8_t *) src;
+        for (int k = 0; k < (graded ? 3 : 1); ++k) {
+            f[k*TILE_ROWS + j] = !live[j] ? 0.0f : factors.f[k][graded ? (b[0] | b[1] << 8) >> 5*k & 31 : b[0]];
+        }
+        if (!live[j]) {
+            continue;
+        }
+        unpack_block<bits, graded>(b, lv + key_at(j, 0));
+    }
+}
+
+template <int bits> struct unpacker {
+    SEQKV_INLINE void operator()(const uint8_t * b, int8_t * lv) const { unpack_block<bits, 0>(b, lv); }
+};
+#endif
+
+// as unpack_values for one block of every row
+template <int bits> static void unpack_value_column(const char * src, size_t stride, const bool * live, int n, int8_t * lv, float * f) {
+    const unpacker<bits> unpack;
+    const auto & factors = block_factors<bits, 0>;
+    for (int j = 0; j < n; ++j, src += stride) {
+        const uint8_t * b = (const uint8_t *) src;
+        f[j] = 0.0f;
+        if (live[j]) {
+            f[j] = factors.f[0][b[0]];
+            unpack(b, lv + j*SEQKV_BLOCK);
+        }
+    }
+}
+
+// Rows of a tile: row j at src + j*stride, j < n. The factors are 0 where live[j] is not set, up to the next multiple of 16; the
+// levels are anything there.
+static void unpack_keys(int bits, int graded, const char * src, size_t stride, const bool * live, int n, int d, const level_tile & x) {
+    static constexpr decltype(&unpack_key_column<1, 0>) columns[4][2] = {
+        { unpack_key_column<1, 0>, unpack_key_column<1, 1> }, { unpack_key_column<2, 0>, unpack_key_column<2, 1> },
+        { unpack_key_column<3, 0>, unpack_key_column<3, 1> }, { unpack_key_column<4, 0>, unpack_key_column<4, 1> },
     };
     for (int c = 0; c < d/SEQKV_BLOCK; ++c, src += seqkv_block_bytes(bits, graded)) {
         columns[bits - 1][graded](src, stride, live, n, x.lv + c*level_tile::LV, x.f + c*level_tile::F);
+    }
+}
+
+static void unpack_values(int bits, const char * src, size_t stride, const bool * live, int n, int d, const level_tile & x) {
+    static constexpr decltype(&unpack_value_column<1>) columns[4] = {
+        unpack_value_column<1>, unpack_value_column<2>, unpack_value_column<3>, unpack_value_column<4>,
+    };
+    for (int c = 0; c < d/SEQKV_BLOCK; ++c, src += seqkv_block_bytes(bits, 0)) {
+        columns[bits - 1](src, stride, live, GGML_PAD(n, 16), x.lv + c*level_tile::LV, x.f + c*level_tile::F);
     }
 }
 
@@ -451,23 +584,6 @@ static inline void sums4(float * x, vec a, vec b, vec c, vec d) {
     const __m512 s  = _mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xee));
     const __m256 h  = _mm256_add_ps(_mm512_castps512_ps256(s), _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(s), 1)));
     _mm_storeu_ps(x, _mm_add_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1)));
-}
-// the sums of 4 x 4 vectors in two steps: four of them to one, whose 128-bit lanes are to be added up; four of these
-static inline vec sums_row(const float * x) {
-    const auto halves = [](vec a, vec b) { // 2 of a and 2 of b in each 4 floats
-        return _mm512_add_ps(_mm512_mask_blend_ps(0xcccc, a, b), _mm512_shuffle_ps(a, b, 0x4e));
-    };
-    const vec ab = halves(vload(x), vload(x + 16)), cd = halves(vload(x + 32), vload(x + 48));
-    return _mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0x88), _mm512_shuffle_ps(ab, cd, 0xdd));
-}
-static inline void store_rows(float * x, int ld, const vec (&row)[4]) {
-    const auto quarters = [](vec a, vec b) { return _mm512_add_ps(_mm512_mask_blend_ps(0xff00, a, b), _mm512_shuffle_f32x4(a, b, 0x4e)); };
-    const vec ab = quarters(row[0], row[1]), cd = quarters(row[2], row[3]);
-    const vec sum = _mm512_add_ps(_mm512_shuffle_f32x4(ab, cd, 0x88), _mm512_shuffle_f32x4(ab, cd, 0xdd));
-    _mm_storeu_ps(x,        _mm512_castps512_ps128(sum));
-    _mm_storeu_ps(x + ld,   _mm512_extractf32x4_ps(sum, 1));
-    _mm_storeu_ps(x + 2*ld, _mm512_extractf32x4_ps(sum, 2));
-    _mm_storeu_ps(x + 3*ld, _mm512_extractf32x4_ps(sum, 3));
 }
 #elif defined(__AVX2__) && defined(__FMA__)
 typedef __m256 vec;
@@ -697,72 +813,136 @@ static void mad_rows(const float * p, int ld, const float * x, int nq, int n, in
 // products with levels
 //
 
-// Row j of a tile as floats, plus add[j] (d floats) if summed. y (n, d)
-template <int graded, bool summed> static void level_floats(const level_tile & x, const float * const * add, int n, int d, float * y) {
-    for (int c = 0; c < d/SEQKV_BLOCK; ++c) {
-        const int8_t * lv = x.lv + c*level_tile::LV;
-        const float  * f  = x.f  + c*level_tile::F;
-        for (int j = 0; j < n; ++j) {
-            for (int i = 0; i < SEQKV_BLOCK; i += VEC) {
-                const int o = c*SEQKV_BLOCK + i;
-                const vec s = vset1(f[group_of(graded, i/16)*TILE_ROWS + j]);
-                vstore(y + j*d + o, vmad(s, vload8(lv + j*SEQKV_BLOCK + i), summed ? vload(add[j] + o) : vset1(0.0f)));
+// y (d, n) <- x (n, d), multiples of 16
+static void transpose(const float * GGML_RESTRICT x, float * GGML_RESTRICT y, int n, int d) {
+#if defined(__SSE__)
+    for (int i = 0; i < d; i += 4) {
+        for (int j = 0; j < n; j += 4) {
+            __m128 r[4];
+            for (int k = 0; k < 4; ++k) {
+                r[k] = _mm_loadu_ps(x + (j + k)*d + i);
             }
+            _MM_TRANSPOSE4_PS(r[0], r[1], r[2], r[3]);
+            for (int k = 0; k < 4; ++k) {
+                _mm_storeu_ps(y + (i + k)*n + j, r[k]);
+            }
+        }
+    }
+#else
+    static constexpr int B = 16;
+    for (int i0 = 0; i0 < d; i0 += B) {
+        for (int j0 = 0; j0 < n; j0 += B) {
+            for (int i = i0; i < i0 + B; ++i) {
+                for (int j = j0; j < j0 + B; ++j) {
+                    y[i*n + j] = x[j*d + i];
+                }
+            }
+        }
+    }
+#endif
+}
+
+// Predictions of a tile's rows in the order of their levels: rows (TILE_ROWS, d) -> add, or by value (d, TILE_ROWS)
+static void arrange_predictions(const float * rows, int d, float * add) {
+    if (KEY_ROWS > 1) {
+        transpose(rows, add, TILE_ROWS, d);
+    } else {
+        memcpy(add, rows, TILE_ROWS*d*sizeof(float));
+    }
+}
+
+#if defined(SEQKV_KEYS_BY_VALUE)
+
+// Keys as floats, plus add if summed. y (d, n)
+template <int graded, bool summed> static void key_floats(const level_tile & x, const float * add, int n, int d, float *, float * y) {
+    for (int i = 0; i < d; ++i) {
+        const int b = i/SEQKV_BLOCK, o = i%SEQKV_BLOCK;
+        for (int j = 0; j < n; j += VEC) {
+            const vec f = vload(x.f + b*level_tile::F + group_of(graded, o/16)*TILE_ROWS + j);
+            vstore(y + i*n + j, vmad(f, vload8(x.lv + b*level_tile::LV + key_at(j, o)), summed ? vload(add + i*TILE_ROWS + j) : vset1(0.0f)));
         }
     }
 }
 
-// Where sums of products go: lanes are added up and stored, DOT_K rows of NQ queries at a time.
-template <int NQ, int d> struct row_sums {
-    float * s;
-    int     ld;
-
-    row_sums(float * s, int ld) : s(s), ld(ld) {}
-
-    void beside(int) {}
-    void put(int j, const vec (&sum)[NQ][DOT_K]) { store_sums<NQ>(sum, s + j, ld); }
-    void finish() {}
-};
-
-#if defined(__AVX512F__) && defined(__AVX512DQ__)
-// One step later, beside the products of the next rows: right behind their own products the additions would wait in the queue that
-// the next products have to pass. With more values there is less to gain, and too few registers.
-template <> struct row_sums<4, 64> {
-    float * s;
-    int     ld;
-    int     last = 0;
-    vec     row[4];
-    alignas(64) float parts[4*DOT_K*VEC] = { 0.0f };
-
-    row_sums(float * s, int ld) : s(s), ld(ld) {}
-
-    SEQKV_INLINE void beside(int r) { row[r] = sums_row(parts + r*DOT_K*VEC); }
-    SEQKV_INLINE void put(int j, const vec (&sum)[4][DOT_K]) {
-        store_rows(s + last, ld, row); // zeros, the first time
-        for (int r = 0; r < 4; ++r) {
-            for (int c = 0; c < DOT_K; ++c) {
-                vstore(parts + (r*DOT_K + c)*VEC, sum[r][c]);
-            }
+// s (NQ, ld) = q (NQ, d) k^T, plus add if summed, for N vectors of rows of k
+template <int NQ, int N, int graded, bool summed>
+static void dot_key_columns(const float * q, const level_tile & k, const float * add, const next_rows * next, int d, float * s, int ld) {
+    vec sum[NQ][N];
+    for (int r = 0; r < NQ; ++r) {
+        for (int c = 0; c < N; ++c) {
+            sum[r][c] = vset1(0.0f);
         }
-        last = j;
     }
-    SEQKV_INLINE void finish() {
-        for (int r = 0; r < 4; ++r) {
-            beside(r);
-        }
-        store_rows(s + last, ld, row);
-    }
-};
-#endif
-
-// s (NQ, ld) = q (NQ, d) k^T; k: n rows of a tile, plus add[j] if summed; n a multiple of 4. d is a constant, so that few pointers
-// are needed: gcc keeps those that it has no register for in vectors, and what gets them back waits behind the products.
-template <int NQ, int d, int graded, bool summed>
-static void dot_levels_block(const float * q, const level_tile & k, const float * const * add, int n, float * s, int ld) {
     const int8_t * lv = k.lv;
     const float  * f  = k.f;
-    row_sums<NQ, d> sums(s, ld);
-    for (int j = 0; j < n; j += DOT_K, lv += DOT_K*SEQKV_BLOCK, f += DOT_K) {
+    for (int b = 0; b < d; b += SEQKV_BLOCK, lv += level_tile::LV - SEQKV_BLOCK*KEY_ROWS, f += level_tile::F) {
+        for (int g = 0; g < (graded ? 3 : 1); ++g) {
+            vec fc[N];
+            for (int c = 0; c < N; ++c) {
+                fc[c] = vload(f + g*TILE_ROWS + c*VEC);
+            }
+            const int end = !graded ? 64 : 16 << g;
+            for (int i = g*16; i < end; ++i, ++q, lv += KEY_ROWS, add += TILE_ROWS) {
+                if (next && b == 0) {
+                    next->prefetch_row(i);
+                }
+                vec kv[N];
+                for (int c = 0; c < N; ++c) {
+                    const vec x = vload8(lv + key_at(c*VEC, 0));
+                    kv[c] = summed ? vmad(fc[c], x, vload(add + c*VEC)) : vmul(fc[c], x);
+                }
+                for (int r = 0; r < NQ; ++r) {
+                    vec qv = vset1(q[r*d]);
+                    hold(qv);
+                    for (int c = 0; c < N; ++c) {
+                        sum[r][c] = vmad(qv, kv[c], sum[r][c]);
+                    }
+                }
+            }
+        }
+    }
+    for (int r = 0; r < NQ; ++r) {
+        for (int c = 0; c < N; ++c) {
+            vstore(s + r*ld + c*VEC, sum[r][c]);
+        }
+    }
+}
+
+template <int NQ, int graded, bool summed>
+static void dot_keys_block(const float * q, const level_tile & k, const float * add, const next_rows * next, int n, int d, float * s, int ld) {
+    static constexpr int N = TILE_ROWS/VEC;
+    if (n == TILE_ROWS) {
+        dot_key_columns<NQ, N, graded, summed>(q, k, add, next, d, s, ld);
+        return;
+    }
+    for (int j = 0; j < n; j += VEC) {
+        dot_key_columns<NQ, 1, graded, summed>(q, { k.lv + key_at(j, 0), k.f + j }, add + j, nullptr, d, s + j, ld);
+    }
+}
+
+#else
+
+// Keys as floats, plus add if summed. y (d, n); rows (n, d): scratch
+template <int graded, bool summed> static void key_floats(const level_tile & x, const float * add, int n, int d, float * rows, float * y) {
+    for (int c = 0; c < d/SEQKV_BLOCK; ++c) {
+        for (int j = 0; j < n; ++j) {
+            for (int i = 0; i < SEQKV_BLOCK; i += VEC) {
+                const int at = j*d + c*SEQKV_BLOCK + i;
+                const vec f  = vset1(x.f[c*level_tile::F + group_of(graded, i/16)*TILE_ROWS + j]);
+                vstore(rows + at, vmad(f, vload8(x.lv + c*level_tile::LV + key_at(j, i)), summed ? vload(add + at) : vset1(0.0f)));
+            }
+        }
+    }
+    transpose(rows, y, n, d);
+}
+
+// s (NQ, ld) = q (NQ, d) k^T; k: n rows of a tile, plus add if summed; n a multiple of 4. d is a constant, so that few pointers
+// are needed: gcc keeps those that it has no register for in vectors, and what gets them back waits behind the products.
+template <int NQ, int d, int graded, bool summed>
+static void dot_key_rows(const float * q, const level_tile & k, const float * add, const next_rows * next, int n, float * s, int ld) {
+    const int8_t * lv = k.lv;
+    const float  * f  = k.f;
+    for (int j = 0; j < n; j += DOT_K, lv += DOT_K*SEQKV_BLOCK, f += DOT_K, add += DOT_K*d) {
         vec sum[NQ][DOT_K];
         for (int r = 0; r < NQ; ++r) {
             for (int c = 0; c < DOT_K; ++c) {
@@ -778,45 +958,61 @@ static void dot_levels_block(const float * q, const level_tile & k, const float 
                     hold(qv[r]);
                 }
                 for (int c = 0; c < DOT_K; ++c) {
-                    const vec x  = vload8(lv + b*level_tile::LV + c*SEQKV_BLOCK + i);
+                    const vec x  = vload8(lv + b*level_tile::LV + key_at(c, i));
                     const vec fc = vset1(f[b*level_tile::F + group_of(graded, i/16)*TILE_ROWS + c]);
-                    const vec kv = vmad(fc, x, summed ? vload(add[j + c] + b*SEQKV_BLOCK + i) : vset1(0.0f));
+                    const vec kv = vmad(fc, x, summed ? vload(add + c*d + b*SEQKV_BLOCK + i) : vset1(0.0f));
                     for (int r = 0; r < NQ; ++r) {
                         sum[r][c] = vmad(qv[r], kv, sum[r][c]);
                     }
                 }
-                sums.beside(i/VEC);
             }
         }
-        sums.put(j, sum);
+        for (int c = 0; next && c < DOT_K; ++c) {
+            next->prefetch_row(j + c);
+        }
+        store_sums<NQ>(sum, s + j, ld);
     }
-    sums.finish();
 }
 
-template <int d, int graded, bool summed>
-static void dot_levels_of(const float * q, const level_tile & k, const float * const * add, int nq, int n, float * s, int ld) {
+template <int NQ, int graded, bool summed>
+static void dot_keys_block(const float * q, const level_tile & k, const float * add, const next_rows * next, int n, int d, float * s, int ld) {
+    switch (d) {
+        case 64:  dot_key_rows<NQ,  64, graded, summed>(q, k, add, next, n, s, ld); break;
+        case 128: dot_key_rows<NQ, 128, graded, summed>(q, k, add, next, n, s, ld); break;
+        default:  dot_key_rows<NQ, 256, graded, summed>(q, k, add, next, n, s, ld); break;
+    }
+}
+
+#endif
+
+// s (nq, ld) = q (nq, d) k^T; k: n rows of a tile, plus add if summed, n a multiple of 16; next is prefetched
+template <int graded, bool summed>
+static void dot_keys(const float * q, const level_tile & k, const float * add, const next_rows * next, int nq, int n, int d, float * s, int ld) {
     int r = 0;
-    for (; r + 4 <= nq; r += 4) {
-        dot_levels_block<4, d, graded, summed>(q + r*d, k, add, n, s + r*ld, ld);
+    for (; r + 4 <= nq; r += 4, next = nullptr) {
+        dot_keys_block<4, graded, summed>(q + r*d, k, add, next, n, d, s + r*ld, ld);
     }
     switch (nq - r) {
-        case 3: dot_levels_block<3, d, graded, summed>(q + r*d, k, add, n, s + r*ld, ld); break;
-        case 2: dot_levels_block<2, d, graded, summed>(q + r*d, k, add, n, s + r*ld, ld); break;
-        case 1: dot_levels_block<1, d, graded, summed>(q + r*d, k, add, n, s + r*ld, ld); break;
+        case 3: dot_keys_block<3, graded, summed>(q + r*d, k, add, next, n, d, s + r*ld, ld); break;
+        case 2: dot_keys_block<2, graded, summed>(q + r*d, k, add, next, n, d, s + r*ld, ld); break;
+        case 1: dot_keys_block<1, graded, summed>(q + r*d, k, add, next, n, d, s + r*ld, ld); break;
     }
 }
 
-template <int graded, bool summed>
-static void dot_levels(const float * q, const level_tile & k, const float * const * add, int nq, int n, int d, float * s, int ld) {
-    switch (d) {
-        case 64:  dot_levels_of< 64, graded, summed>(q, k, add, nq, n, s, ld); break;
-        case 128: dot_levels_of<128, graded, summed>(q, k, add, nq, n, s, ld); break;
-        default:  dot_levels_of<256, graded, summed>(q, k, add, nq, n, s, ld); break;
+// Values as floats. y (n, d)
+static void value_floats(const level_tile & x, int n, int d, float * y) {
+    for (int c = 0; c < d/SEQKV_BLOCK; ++c) {
+        for (int j = 0; j < n; ++j) {
+            const vec f = vset1(x.f[c*level_tile::F + j]);
+            for (int i = 0; i < SEQKV_BLOCK; i += VEC) {
+                vstore(y + j*d + c*SEQKV_BLOCK + i, vmul(f, vload8(x.lv + c*level_tile::LV + j*SEQKV_BLOCK + i)));
+            }
+        }
     }
 }
 
 // y (NQ, d) += p (NQ, ld) x; x: n rows of a tile of the uniform plan, n a multiple of 16; p >= 0
-template <int NQ> static void mad_levels_block(const float * p, int ld, const level_tile & x, int n, int d, float * y) {
+template <int NQ> static void mad_values_block(const float * p, int ld, const level_tile & x, int n, int d, float * y) {
     for (int b = 0; b < d; b += SEQKV_BLOCK) {
         const int8_t * lv = x.lv + b/SEQKV_BLOCK*level_tile::LV;
         const float  * f  = x.f  + b/SEQKV_BLOCK*level_tile::F;
@@ -855,15 +1051,14 @@ template <int NQ> static void mad_levels_block(const float * p, int ld, const le
     }
 }
 
-
-static void mad_levels(const float * p, int ld, const level_tile & x, int nq, int n, int d, float * y) {
+static void mad_values(const float * p, int ld, const level_tile & x, int nq, int n, int d, float * y) {
     int r = 0;
     for (; r + 4 <= nq; r += 4) {
-        mad_levels_block<4>(p + r*ld, ld, x, n, d, y + r*d);
+        mad_values_block<4>(p + r*ld, ld, x, n, d, y + r*d);
     }
     switch (nq - r) {
-        case 3: mad_levels_block<3>(p + r*ld, ld, x, n, d, y + r*d); break;
-        case 2: mad_levels_block<2>(p + r*ld, ld, x, n, d, y + r*d); break;
-        case 1: mad_levels_block<1>(p + r*ld, ld, x, n, d, y + r*d); break;
+        case 3: mad_values_block<3>(p + r*ld, ld, x, n, d, y + r*d); break;
+        case 2: mad_values_block<2>(p + r*ld, ld, x, n, d, y + r*d); break;
+        case 1: mad_values_block<1>(p + r*ld, ld, x, n, d, y + r*d); break;
     }
 }

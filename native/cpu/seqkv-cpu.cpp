@@ -14,6 +14,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <numeric>
 #include <vector>
 
 static constexpr int MAX_HEAD = 256;
@@ -493,41 +494,15 @@ static void attn_ref(const ggml_compute_params * params, ggml_tensor * dst) {
     }
 }
 
-// y (d, n) <- x (n, d), multiples of 16
-static void transpose(const float * GGML_RESTRICT x, float * GGML_RESTRICT y, int n, int d) {
-#if defined(__SSE__)
-    for (int i = 0; i < d; i += 4) {
-        for (int j = 0; j < n; j += 4) {
-            __m128 r[4];
-            for (int k = 0; k < 4; ++k) {
-                r[k] = _mm_loadu_ps(x + (j + k)*d + i);
-            }
-            _MM_TRANSPOSE4_PS(r[0], r[1], r[2], r[3]);
-            for (int k = 0; k < 4; ++k) {
-                _mm_storeu_ps(y + (i + k)*n + j, r[k]);
-            }
-        }
-    }
-#else
-    static constexpr int B = 16;
-    for (int i0 = 0; i0 < d; i0 += B) {
-        for (int j0 = 0; j0 < n; j0 += B) {
-            for (int i = i0; i < i0 + B; ++i) {
-                for (int j = j0; j < j0 + B; ++j) {
-                    y[i*n + j] = x[j*d + i];
-                }
-            }
-        }
-    }
-#endif
-}
-
 // Scratch of one thread. Shapes in floats; nq: query rows of the largest tile.
 struct attn_scratch {
     float * q;     // (nq, dk)     queries as given
     float * qs;    // (FRAME_Q, dk) the same, the two of each rotated pair swapped
-    float * qr;    // (FRAME_Q, dk) queries in the frames of the next tiles
-    float * qf;    // (FRAME_Q, dk) the same in the domain of the keys
+    float * qr;    // (FRAME_Q, dk) queries rotated
+    float * qf;    // (FRAMES, FRAME_Q, dk) queries in the frames of the next tiles, in the domain of the keys
+    float * turn;  // (2, FRAMES, dk/2) these frames' cosines and sines
+    float * wv;    // (2, dk/2, dk) what they are multiplied with, for one query
+    float * sums;  // (2, FRAMES, dk) the products
     float * k;     // (TILE, dk)   keys of a tile
     float * kt;    // (dk, TILE)   the same, transposed
     float * ka;    // (dk, TILE)   the same, transformed back
@@ -537,22 +512,28 @@ struct attn_scratch {
     float * acc_x; // (nq, dv)     sum of p v over exact rows
     float * dec;   // (dk, dk)     D
     float * pred;  // (64, dk)     E R(offset) mean
+    float * add;   // (TILE, dk)   the same for the rows of a tile, in the order of their levels
     float * m;     // (nq)         running maximum
     float * l;     // (nq)         running sum of p
     float * l_z;   // (nq)         its part over transformed values
     level_tile x;  //              rows of a tile as levels: keys, then values
 
     static constexpr int FRAME_Q = TILE/2; // with up to so many query rows, these are rotated and not the keys
+    static constexpr int FRAMES  = CHUNK/SEQKV_FRAME + 1;
 
     static size_t floats(const attn_view & a) {
         const size_t dk = a.p.dk, dv = a.p.dv, nq = tile_tokens(a)*a.group;
         const size_t levels = std::max(dk, dv)/SEQKV_BLOCK*(level_tile::LV/sizeof(float) + level_tile::F);
-        const size_t tables = a.form_k == DENSE ? dk*dk + SEQKV_FRAME*dk : 0;
-        const size_t n = nq*(dk + 2*dv + TILE + 3) + FRAME_Q*3*dk + TILE*(3*dk + dv) + levels + tables;
+        const size_t tables = a.form_k == DENSE ? 2*dk*dk + SEQKV_FRAME*dk + TILE*dk + FRAMES*3*dk : 0;
+        const size_t n = nq*(dk + 2*dv + TILE + 3) + FRAME_Q*2*dk + frame_rows(a)*dk + TILE*(3*dk + dv) + levels + tables;
         return GGML_PAD(n, 16) + 16; // threads do not share cache lines
     }
     static int64_t tile_tokens(const attn_view & a) {
         return std::max<int64_t>(1, std::min<int64_t>(a.n_tokens, TILE_Q/a.group));
+    }
+    // of qf: one frame at a time without D
+    static size_t frame_rows(const attn_view & a) {
+        return std::min<size_t>(FRAME_Q, tile_tokens(a)*a.group)*(a.form_k == DENSE ? FRAMES : 1);
     }
     attn_scratch(float * w, const attn_view & a) {
         const size_t dk = a.p.dk, dv = a.p.dv, nq = tile_tokens(a)*a.group;
@@ -560,7 +541,7 @@ struct attn_scratch {
         q     = take(nq*dk);
         qs    = take(FRAME_Q*dk);
         qr    = take(FRAME_Q*dk);
-        qf    = take(FRAME_Q*dk);
+        qf    = take(frame_rows(a)*dk);
         k     = take(TILE*dk);
         kt    = take(TILE*dk);
         ka    = take(TILE*dk);
@@ -572,6 +553,10 @@ struct attn_scratch {
         x.f   = take(std::max(dk, dv)/SEQKV_BLOCK*level_tile::F);
         dec   = a.form_k == DENSE ? take(dk*dk) : nullptr;
         pred  = a.form_k == DENSE ? take(SEQKV_FRAME*dk) : nullptr;
+        add   = a.form_k == DENSE ? take(TILE*dk) : nullptr;
+        turn  = a.form_k == DENSE ? take(FRAMES*dk) : nullptr;
+        wv    = a.form_k == DENSE ? take(dk*dk) : nullptr;
+        sums  = a.form_k == DENSE ? take(2*FRAMES*dk) : nullptr;
         m     = take(nq);
         l     = take(nq);
         l_z   = take(nq);
@@ -588,9 +573,10 @@ struct attn_worker {
     int64_t end = 0;  // of the range of the virtual axis
     int     nt, nq;   // tokens, query rows = nt*group; row r is token r/group, head r%group
     int     n_frames = 0; // what w.qf holds: nq rows for each frame
-    int32_t frames[attn_scratch::FRAME_Q]; // its origin row of rot
+    int32_t frames[attn_scratch::FRAMES]; // its origin row of rot
     form_t  q_form   = PLAIN;
     bool    has_tables = false;
+    int32_t offsets[TILE]; // of the rows that w.add is for
     bool    has_z      = false; // transformed values have been read
 
     attn_worker(const attn_view & a, const attn_scratch & w, int64_t s, int h, int64_t t0, int nt) :
@@ -618,6 +604,25 @@ struct attn_worker {
         ggml_cpu_fp16_to_fp32(tables.dec,  w.dec,  a.p.dk*a.p.dk);
         ggml_cpu_fp16_to_fp32(tables.pred, w.pred, SEQKV_FRAME*a.p.dk);
         has_tables = true;
+        std::iota(offsets, offsets + TILE, 0);
+        arrange_predictions(w.pred, a.p.dk, w.add);
+    }
+
+    // w.add for the rows of a tile: mostly as it is, since tiles hold the offsets of a frame in their order
+    void set_predictions(const int32_t * meta, int n) {
+        int32_t differ = 0;
+        for (int j = 0; j < n; ++j) {
+            differ |= (meta[j] ^ offsets[j]) & 255 & ~(meta[j] >> 31);
+        }
+        if (!differ) {
+            return;
+        }
+        const int dk = a.p.dk;
+        for (int j = 0; j < TILE; ++j) {
+            offsets[j] = j < n && meta[j] >= 0 ? meta[j] & 255 : j;
+            memcpy(w.k + j*dk, w.pred + offsets[j]*dk, dk*sizeof(float));
+        }
+        arrange_predictions(w.k, dk, w.add);
     }
 
     // x[i] -> its partner in the rotation; the others 0
@@ -631,10 +636,9 @@ struct attn_worker {
         std::fill(y + n_rot, y + a.p.dk, 0.0f);
     }
 
-    // R(-t0) q -> y (nq, dk)
-    void rotate_queries(int32_t origin, float * y) const {
+    // R(-t) q -> y (nq, dk); cs: row of rot for t
+    void rotate_queries(const float * cs, float * y) const {
         const int dk = a.p.dk, n_rot = a.p.n_rot, half = n_rot/2;
-        const float * cs = a.rot.origin(origin << 8);
         float c[MAX_HEAD], sn[MAX_HEAD];
         if (a.p.neox) {
             for (int i = 0; i < half; ++i) {
@@ -660,8 +664,82 @@ struct attn_worker {
         }
     }
 
+    // cosines and sines of x from y, rows of rot of n pairs
+    static void turn(const float * GGML_RESTRICT x, const float * GGML_RESTRICT y, int n, float * GGML_RESTRICT cosine, float * GGML_RESTRICT sine) {
+        for (int i = 0; i < n; ++i) {
+            cosine[i] = x[2*i]*y[2*i] + x[2*i + 1]*y[2*i + 1];
+            sine  [i] = x[2*i + 1]*y[2*i] - x[2*i]*y[2*i + 1];
+        }
+    }
+
+    // D^T R(-t0) q for all frames -> w.qf. Of a query turned to t, with its i-th rotated pair (x0, x1) and the rows D0, D1 of D for it,
+    //     D^T R(-t0) q = sum_i cos((t0 - t) f_i) W_i + sin((t0 - t) f_i) V_i,   W_i = x0 D0 + x1 D1,  V_i = x1 D0 - x0 D1
+    // and the rows of D that are not rotated. With t in the middle, frames as far before as behind it differ in the sines' sign alone.
+    void transform_queries() const {
+        const auto & p = a.p;
+        const int dk = p.dk, n_pair = p.n_rot/2, last = (n_frames - 1)/2; // last frame before the middle, which is half a frame behind its origin
+        float middle[MAX_HEAD];
+        const float * x = a.rot.origin(frames[last] << 8), * half = a.rot.offset(SEQKV_FRAME/2);
+        for (int i = 0; i < 2*n_pair; i += 2) {
+            middle[i]     = x[i]*half[i] - x[i + 1]*half[i + 1];
+            middle[i + 1] = x[i + 1]*half[i] + x[i]*half[i + 1];
+        }
+        float * cosine = w.turn, * sine = w.turn + attn_scratch::FRAMES*n_pair;
+        for (int f = 0; f < n_frames; ++f) {
+            turn(a.rot.origin(frames[f] << 8), middle, n_pair, cosine + f*n_pair, sine + f*n_pair);
+        }
+        // frames are at any distance after a context shift; equal to the rounding of rot is enough
+        const auto mirror = [last](int f) { return 2*last + 1 - f; };
+        int differ = 0;
+        for (int f = std::max(0, mirror(n_frames - 1)); f <= last; ++f) {
+            const int g = mirror(f);
+            for (int i = 0; i < n_pair; ++i) {
+                differ |= fabsf(cosine[f*n_pair + i] - cosine[g*n_pair + i]) > 1e-6f;
+                differ |= fabsf(sine  [f*n_pair + i] + sine  [g*n_pair + i]) > 1e-6f;
+            }
+        }
+        const bool mirrored = !differ;
+        const int  n        = mirrored ? last + 1 : n_frames;
+
+        rotate_queries(middle, w.qr);
+        float * W = w.wv, * V = w.wv + n_pair*dk, * even = w.sums, * odd = w.sums + n*dk;
+        for (int r = 0; r < nq; ++r) {
+            x = w.qr + r*dk;
+            for (int i = 0; i < n_pair; ++i) {
+                const int i0 = p.neox ? i : 2*i, i1 = p.neox ? i + n_pair : 2*i + 1;
+                const vec x0 = vset1(x[i0]), x1 = vset1(x[i1]), minus_x0 = vset1(-x[i0]);
+                for (int c = 0; c < dk; c += VEC) {
+                    const vec d0 = vload(w.dec + i0*dk + c), d1 = vload(w.dec + i1*dk + c);
+                    vstore(W + i*dk + c, vmad(x0, d0, vmul(x1, d1)));
+                    vstore(V + i*dk + c, vmad(x1, d0, vmul(minus_x0, d1)));
+                }
+            }
+            std::fill(even, even + 2*n*dk, 0.0f);
+            if (p.n_rot < dk) {
+                mad_rows(x + p.n_rot, dk, w.dec + p.n_rot*dk, 1, dk - p.n_rot, dk, even);
+                for (int f = 1; f < n; ++f) {
+                    memcpy(even + f*dk, even, dk*sizeof(float));
+                }
+            }
+            mad_rows(cosine, n_pair, W, n, n_pair, dk, even);
+            mad_rows(sine,   n_pair, V, n, n_pair, dk, odd);
+            for (int f = 0; f < n; ++f) {
+                float * y = w.qf + (f*nq + r)*dk;
+                for (int c = 0; c < dk; c += VEC) {
+                    vstore(y + c, vadd(vload(even + f*dk + c), vload(odd + f*dk + c)));
+                }
+                if (mirrored && mirror(f) < n_frames) {
+                    y = w.qf + (mirror(f)*nq + r)*dk;
+                    for (int c = 0; c < dk; c += VEC) {
+                        vstore(y + c, vmad(vset1(-1.0f), vload(odd + f*dk + c), vload(even + f*dk + c)));
+                    }
+                }
+            }
+        }
+    }
+
     // Queries R(-t0) q in the domain of the keys: as they are, H R(-t0) q or D^T R(-t0) q. With D those of the frames after row j0
-    // are made as well, as many as there is room for: D leaves the cache between tiles.
+    // are made as well.
     const float * frame_queries(int64_t j0, int32_t origin, form_t form) {
         const int dk = a.p.dk;
         for (int k = 0; k < n_frames; ++k) {
@@ -672,25 +750,20 @@ struct attn_worker {
         q_form    = form;
         n_frames  = 1;
         frames[0] = origin;
-        const int32_t     * meta = a.meta_row(s);
-        const ggml_fp16_t * mask = a.mask_row(s, t0);
-        for (int64_t j = j0 + TILE; form == DENSE && j < std::min<int64_t>(end, a.p.n_kv) && (n_frames + 1)*nq <= attn_scratch::FRAME_Q; j += TILE) {
-            if (meta[j] >= 0 && meta[j] >> 8 != frames[n_frames - 1] && mask[j] != MASKED) {
-                frames[n_frames++] = meta[j] >> 8;
-            }
-        }
-        float * rotated = form == DENSE ? w.qr : w.qf;
-        for (int k = 0; k < n_frames; ++k) {
-            rotate_queries(frames[k], rotated + k*nq*dk);
-        }
-        if (form == HADAMARD) {
-            for (int r = 0; r < nq; ++r) {
-                fwht_row(w.qf + r*dk, dk);
-            }
-        }
         if (form == DENSE) {
-            std::fill(w.qf, w.qf + n_frames*nq*dk, 0.0f);
-            mad_rows(w.qr, dk, w.dec, n_frames*nq, dk, dk, w.qf);
+            const int32_t     * meta = a.meta_row(s);
+            const ggml_fp16_t * mask = a.mask_row(s, t0);
+            for (int64_t j = j0 + TILE; j < std::min<int64_t>(end, a.p.n_kv) && n_frames < attn_scratch::FRAMES; j += TILE) {
+                if (meta[j] >= 0 && meta[j] >> 8 != frames[n_frames - 1] && mask[j] != MASKED) {
+                    frames[n_frames++] = meta[j] >> 8;
+                }
+            }
+            transform_queries();
+            return w.qf;
+        }
+        rotate_queries(a.rot.origin(origin << 8), w.qf);
+        for (int r = 0; form == HADAMARD && r < nq; ++r) {
+            fwht_row(w.qf + r*dk, dk);
         }
         return w.qf;
     }
@@ -739,34 +812,45 @@ struct attn_worker {
         return 0;
     }
 
-    // products of row r with a tile -> probabilities, and what was summed up before is scaled to the new maximum
-    void softmax(int r, const float * bias, int n, int tw, bool transformed_v) const {
+    // products of token t's rows with a tile -> probabilities, and what was summed up before is scaled to the new maximum
+    void softmax(int t, const float * bias, int n, int tw, bool transformed_v) const {
         const auto & p = a.p;
-        float * sr = w.s + r*tw;
+        const int first = t*a.group;
         float scale = p.scale;
         if (p.softcap != 0.0f) {
-            for (int j = 0; j < n; ++j) {
-                sr[j] = tanhf(sr[j]*p.scale/p.softcap);
+            for (int r = first; r < first + a.group; ++r) {
+                for (int j = 0; j < n; ++j) {
+                    w.s[r*tw + j] = tanhf(w.s[r*tw + j]*p.scale/p.softcap);
+                }
             }
             scale = p.softcap;
         }
-        const float max = scale_row(sr, scale, bias, tw);
-        if (max == -INFINITY) {
-            std::fill(sr, sr + tw, 0.0f);
-            return;
+        // step by step for all rows, which wait for nothing of each other
+        float max[GGML_SEQKV_MAX_GROUP];
+        for (int g = 0; g < a.group; ++g) {
+            max[g] = scale_row(w.s + (first + g)*tw, scale, bias, tw);
         }
-        if (max > w.m[r]) {
-            const float f = expf(w.m[r] - max);
-            w.m[r]    = max;
-            w.l[r]   *= f;
-            w.l_z[r] *= f;
-            ggml_vec_scale_f32(p.dv, w.acc_z + r*p.dv, f);
-            ggml_vec_scale_f32(p.dv, w.acc_x + r*p.dv, f);
+        for (int r = first; r < first + a.group; ++r) {
+            if (max[r - first] > w.m[r]) {
+                const float f = expf(w.m[r] - max[r - first]);
+                w.m[r]    = max[r - first];
+                w.l[r]   *= f;
+                w.l_z[r] *= f;
+                ggml_vec_scale_f32(p.dv, w.acc_z + r*p.dv, f);
+                ggml_vec_scale_f32(p.dv, w.acc_x + r*p.dv, f);
+            }
         }
-        const float sum = exp_row(sr, w.m[r], tw);
-        w.l[r] += sum;
-        if (transformed_v) {
-            w.l_z[r] += sum;
+        for (int r = first; r < first + a.group; ++r) {
+            float * sr = w.s + r*tw;
+            if (max[r - first] == -INFINITY) {
+                std::fill(sr, sr + tw, 0.0f);
+                continue;
+            }
+            const float sum = exp_row(sr, w.m[r], tw);
+            w.l[r] += sum;
+            if (transformed_v) {
+                w.l_z[r] += sum;
+            }
         }
     }
 
@@ -802,19 +886,25 @@ struct attn_worker {
             set_tables();
         }
 
+        const next_rows next = {
+            a.cell_k(s, j0 + TILE, h), a.cell_v(s, j0 + TILE, h), a.k->nb[1], a.v->nb[1], ggml_row_size(a.k->type, p.dk), ggml_row_size(a.v->type, p.dv),
+        };
+        for (int j = 0; cells && !(a.bits_k && frame_q) && j < TILE; ++j) {
+            next.prefetch_row(j);
+        }
+
         if (cells && a.bits_k) {
-            const float * add[TILE];
-            for (int j = 0; form == DENSE && j < tw; ++j) {
-                add[j] = w.pred + (j < n ? meta[j] & (SEQKV_FRAME - 1) : 0)*p.dk;
+            if (form == DENSE) {
+                set_predictions(meta, n);
             }
-            unpack_rows(a.bits_k, a.graded_k, a.cell_k(s, j0, h), a.k->nb[1], live, tw, p.dk, w.x);
+            unpack_keys(a.bits_k, a.graded_k, a.cell_k(s, j0, h), a.k->nb[1], live, n, p.dk, w.x);
             if (frame_q) {
                 const float * q = frame_queries(j0, first_origin(meta, n), form);
-                const auto dot = !a.graded_k ? dot_levels<0, false> : form == DENSE ? dot_levels<1, true> : dot_levels<1, false>;
-                dot(q, w.x, add, nq, tw, p.dk, w.s, tw);
+                const auto dot = !a.graded_k ? dot_keys<0, false> : form == DENSE ? dot_keys<1, true> : dot_keys<1, false>;
+                dot(q, w.x, w.add, &next, nq, tw, p.dk, w.s, tw);
             } else {
-                const auto to_floats = !a.graded_k ? level_floats<0, false> : form == DENSE ? level_floats<1, true> : level_floats<1, false>;
-                to_floats(w.x, add, tw, p.dk, w.k);
+                const auto to_floats = !a.graded_k ? key_floats<0, false> : form == DENSE ? key_floats<1, true> : key_floats<1, false>;
+                to_floats(w.x, w.add, tw, p.dk, w.k, w.kt);
             }
         } else {
             for (int j = 0; j < tw; ++j) {
@@ -834,7 +924,9 @@ struct attn_worker {
         } else if (frame_q) {
             dot_rows(frame_queries(j0, first_origin(meta, n), form), w.k, nq, tw, p.dk, w.s, tw);
         } else {
-            transpose(w.k, w.kt, tw, p.dk);
+            if (!cells || !a.bits_k) {
+                transpose(w.k, w.kt, tw, p.dk);
+            }
             std::fill(w.s, w.s + nq*tw, 0.0f);
             simd_gemm(w.s, w.q, keys_to_absolute(meta, n, tw, form, one_origin), nq, p.dk, tw);
         }
@@ -847,19 +939,17 @@ struct attn_worker {
                 bias[j] = mask[j] == MASKED ? -INFINITY : 0.0f;
             }
             std::fill(bias + n, bias + tw, -INFINITY);
-            for (int r = t*a.group; r < (t + 1)*a.group; ++r) {
-                softmax(r, bias, n, tw, transformed_v);
-            }
+            softmax(t, bias, n, tw, transformed_v);
         }
 
         has_z |= transformed_v;
         if (cells && a.bits_v) {
-            unpack_rows(a.bits_v, 0, a.cell_v(s, j0, h), a.v->nb[1], live, tw, p.dv, w.x);
+            unpack_values(a.bits_v, a.cell_v(s, j0, h), a.v->nb[1], live, n, p.dv, w.x);
             if (frame_q) {
-                mad_levels(w.s, tw, w.x, nq, tw, p.dv, w.acc_z);
+                mad_values(w.s, tw, w.x, nq, tw, p.dv, w.acc_z);
                 return;
             }
-            level_floats<0, false>(w.x, nullptr, tw, p.dv, w.v);
+            value_floats(w.x, tw, p.dv, w.v);
         } else {
             for (int j = 0; j < tw; ++j) {
                 float * vj = w.v + j*p.dv;
