@@ -309,17 +309,28 @@ static void code(coder * c, const seqkv_layer * l, const seqkv_layer * prev, con
     uint8_t g[SEQKV_FRAME*64*4*3];
     coder_init(c);
 
-    // inputs: of the tokens, and of those they copy, one after the other
+    // inputs: of the tokens, and once of each that is copied
     int copied = 0;
+    int32_t source[SEQKV_FRAME];
+    uint8_t copy[SEQKV_FRAME]; // its place among these
     for (int t = 0; t < f->n; ++t) {
         int16_t * in = ws->in + t*stride;
         if (prev) {
             seqkv_key_inputs(prev, f->prev_k_bits, prev_k + t*prev_k_row, offset[t], in);
             seqkv_value_inputs(prev, f->prev_v_bits, prev_v + t*prev_v_row, in + prev->n_head*prev->dk);
         }
-        if (f->match[t]) {
-            const int64_t s = f->source[t];
-            in = ws->copy_in + copied++*stride;
+        if (!f->match[t]) {
+            continue;
+        }
+        const int64_t s = f->source[t];
+        int j = 0;
+        while (j < copied && source[j] != s) {
+            ++j;
+        }
+        copy[t] = (uint8_t) j;
+        if (j == copied) {
+            source[copied++] = (int32_t) s;
+            in = ws->copy_in + j*stride;
             if (prev) {
                 seqkv_key_inputs(prev, f->prev_k_bits, f->prev_k + s*prev_k_row, f->offset[s], in);
                 seqkv_value_inputs(prev, f->prev_v_bits, f->prev_v + s*prev_v_row, in + prev->n_head*prev->dk);
@@ -332,11 +343,10 @@ static void code(coder * c, const seqkv_layer * l, const seqkv_layer * prev, con
                prev ? seqkv_k_groups(prev) : 0, l, g);
     seqkv_predict(pk, ws->in,      stride, ws->n_prev, f->n,   ws->x,   n_k);
     seqkv_predict(pk, ws->copy_in, stride, ws->n_prev, copied, ws->own, n_k);
-    for (int t = 0, j = 0; t < f->n; ++t) {
-        const int match = f->match[t];
+    for (int t = 0; t < f->n; ++t) {
+        const int match = f->match[t], j = match ? copy[t] : 0;
         if (match) {
             mix(ws->x + t*n_k, ws->copy_in + j*stride + ws->n_prev, ws->own + j*n_k, n_k, pk->copy[match], pk->copy_error[match]);
-            ++j;
         }
         if (match || (pk->weight && ws->n_prev)) {
             seqkv_key_values(l, ws->x + t*n_k, offset[t], ws->z + t*n_k);
@@ -353,12 +363,11 @@ static void code(coder * c, const seqkv_layer * l, const seqkv_layer * prev, con
                prev ? seqkv_v_groups(prev) : 0, l, g);
     seqkv_predict(pv, ws->in,      stride, stride, f->n,   ws->z,   n_v);
     seqkv_predict(pv, ws->copy_in, stride, stride, copied, ws->own, n_v);
-    for (int t = 0, j = 0; t < f->n; ++t) {
-        const int match = f->match[t];
+    for (int t = 0; t < f->n; ++t) {
+        const int match = f->match[t], j = match ? copy[t] : 0;
         if (match) {
             seqkv_value_inputs(l, f->v_bits, f->v_past + f->source[t]*v_row, ws->copy);
             mix(ws->z + t*n_v, ws->copy, ws->own + j*n_v, n_v, pv->copy[match], pv->copy_error[match]);
-            ++j;
         }
     }
     code_rows(c, l, pv, f, 0, f->v_bits, v, g, ws->z);

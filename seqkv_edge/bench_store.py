@@ -149,16 +149,16 @@ class Bench:
         ]  # fmt: skip
 
     @staticmethod
-    def _in(store: Store, id_: int, context: Context, level: str) -> str:
-        """The level in a new store, which needs its own copy of the profile."""
+    def _in(store: Store, context: Context, level: str) -> str:
+        """The level in another store, which needs its own copy of the profile."""
         split = coders.split_level(level)
-        return level if split is None else store.level(id_, context.model.profile, split[0])
+        return level if split is None else store.level(store.context(identify(context)), context.model.profile, split[0])
 
     def _stored(self, context: Context, level: str, layout: state.Layout, n_sink: int, n_window: int, prefill: float) -> StoreRow:
         n, ids = self.n, self.ids
         with Store(self.folder / f"{self.kv}-{level}".replace(":", "-")) as store:
             id_ = store.context(identify(context))
-            level = self._in(store, id_, context, level)
+            level = self._in(store, context, level)
             parent, started = None, time.perf_counter()
             for i in range(n // FRAME):
                 chunk = read_frame(context, i, n_sink)
@@ -191,25 +191,29 @@ class Bench:
         )  # fmt: skip
 
     def _shared(self, live: Context, level: str) -> tuple[float, float, float]:
-        """Sessions that begin with the first half of the text and go on differently, each in a context of its own."""
+        """Sessions that begin with the first half of the text and go on differently, each in a context of its own. The first token
+        without the store is timed thrice, on contexts that save nothing, between the sessions."""
         prefix = self.ids[: self.n // 2 // FRAME * FRAME]
         rng = np.random.default_rng(0)
         alone = own = 0
-        evaluated, stored = 0.0, []
+        evaluated: list[float] = []
+        stored: list[float] = []
         with Store(self.folder / f"{self.kv}-{level}-shared".replace(":", "-")) as store:
             for i in range(self.args.sessions):
-                question = self.ids[self.n // 2 :][:40] if i == 0 else rng.choice(self.ids, 70).tolist()
-                todo = prefix + question
-                with self.context() as context, Session(store, f"s{i}", context, level=None if coders.split_level(level) else level) as session:
+                todo = prefix + rng.choice(self.ids, 70).tolist()
+                if i < 3:
+                    with self.context() as context:
+                        started = time.perf_counter()
+                        context.evaluate(todo)
+                        context.next_logits()
+                        evaluated.append(time.perf_counter() - started)
+                with self.context() as context, Session(store, f"s{i}", context, level=self._in(store, live, level)) as session:
                     session.save(end=False)
                     started = time.perf_counter()
                     context.evaluate(todo[session.find_prefix(todo, 0) :])
                     context.next_logits()
-                    seconds = time.perf_counter() - started
-                    if i == 0:
-                        evaluated = seconds
-                    elif i > 1:  # the second one's last shared frame is a variant that the others find
-                        stored.append(seconds)
+                    if i > 1:  # the second one's last shared frame is a variant that the others find
+                        stored.append(time.perf_counter() - started)
                     session.save(end=True)
                     session.flush()
                     info = store.session(f"s{i}")
@@ -218,7 +222,7 @@ class Bench:
                     own += sum(node.size for node in nodes[len(prefix) // FRAME :]) + info.tail_size
             total = sum(node.size for node in store.nodes()) + sum(i.tail_size for i in store.sessions())
             shared = sum(node.size for node in store.path_to(store.session("s0").node)[: len(prefix) // FRAME])
-        return alone / total, total / (shared + own), evaluated / float(np.median(stored))
+        return alone / total, total / (shared + own), float(np.median(evaluated) / np.median(stored))
 
 
 def token_rows(loaded: Model, ids: list[int], n_model: int, threads: int | None) -> list[StoreRow]:

@@ -16,7 +16,7 @@ import harness
 import numpy as np
 import pytest
 
-from seqkv_edge import cli, exchange, llama, manage, model, model_coder, state
+from seqkv_edge import cli, coders, exchange, llama, manage, model, model_coder, state
 from seqkv_edge.conversation import Conversation
 from seqkv_edge.dropin import KvOptions
 from seqkv_edge.engine import Context, Model, Sampling, open_model
@@ -624,14 +624,19 @@ def test_llama_cpp_python_cache(tmp_path):
 
     llm = load()
     llm.set_cache(StoreCache(llm, tmp_path / "s"))
+    level = llm.cache.level
+    assert level.startswith("small-")
     first = complete(llm, long + "Ships")
     n_prompt = len(llm.tokenize((long + "Ships").encode()))
     assert len(asked) >= n_prompt
+    put, coded = llm.cache.store.put, []
+    llm.cache.store.put = lambda *args, **settings: coded.append(args) or put(*args, **settings)
     again = complete(llm, long + "Ships" + first + " and")
-    assert len(asked) < 40
+    assert len(asked) < 40 and len(coded) <= 2  # what is there is not coded again
     llm.close()
     with Store(tmp_path / "s") as store:
         assert store.verify() == [] and len(store.sessions()) == 1  # the longer state holds the shorter
+        assert {node.level for node in store.nodes()} == {level}
 
     # another process would find the same
     llm = load()
@@ -751,6 +756,20 @@ def test_branches_of_coded_frames(default_model, store):
     for name in ends:
         chunks, damaged = store.restore(paths[name])
         assert damaged is None and [c.blocks for c in chunks] == rows[name]
+
+
+@pytest.mark.model
+def test_a_shared_prefix_is_decoded_once(default_model, store, monkeypatch):
+    """Neither the frame that is evaluated again, nor the path once more to code what follows it."""
+    tokens, decoded = words(default_model, 400), []
+    run = coders.Delta.decode_run
+    monkeypatch.setattr(coders.Delta, "decode_run", lambda self, frames, threads=2: decoded.extend(frames) or run(self, frames, threads))
+    for name in ("a", "b", "c"):
+        decoded.clear()
+        with coded(default_model) as context, Session(store, name, context) as session:
+            session.save(end=False)
+            context.evaluate(tokens[session.find_prefix(tokens, 0) :])
+        assert [frame[0] for frame in decoded] == [tuple(tokens[FRAME * i : FRAME * (i + 1)]) for i in range(0 if name == "a" else 5)]
 
 
 @pytest.mark.model
