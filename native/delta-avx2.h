@@ -30,6 +30,24 @@ AVX2 static inline __m256i place8(__m256i a, __m256i b, __m256i edge) {
     return _mm256_add_epi32(clip8(u, -512, 511), _mm256_set1_epi32(512));
 }
 
+// The same near the end of the stream, word by word.
+AVX2 static __m256i refill_end(seqkv_reader * r, __m256i state, int refill) {
+    uint32_t x[8];
+    _mm256_storeu_si256((__m256i *) x, state);
+    for (; refill; refill &= refill - 1) {
+        const int j = __builtin_ctz((unsigned) refill);
+        uint32_t word = 0;
+        if (r->end - r->in >= 2) {
+            word = seqkv_word(r->in);
+            r->in += 2;
+        } else {
+            r->error = 1;
+        }
+        x[j] = x[j] << 16 | word;
+    }
+    return _mm256_loadu_si256((const __m256i *) x);
+}
+
 AVX2 static void decode_blocks_avx2(coder * c, lane * s, int bits, int graded) {
     int32_t  mean[SEQKV_BLOCK][8], spread[SEQKV_BLOCK][8], codes[SEQKV_BLOCK][8];
     uint32_t x[8];
@@ -89,21 +107,15 @@ AVX2 static void decode_blocks_avx2(coder * c, lane * s, int bits, int graded) {
         state = _mm256_add_epi32(_mm256_mullo_epi32(_mm256_sub_epi32(high, low), _mm256_srli_epi32(state, SEQKV_RANS_BITS)),
                                  _mm256_sub_epi32(slot, low));
         const __m256i empty = _mm256_cmpeq_epi32(_mm256_srli_epi32(state, 16), zero);
-        int refill = _mm256_movemask_ps(_mm256_castsi256_ps(empty));
-        if (refill) { // one state in seven
-            _mm256_storeu_si256((__m256i *) x, state);
-            for (; refill; refill &= refill - 1) {
-                const int j = __builtin_ctz((unsigned) refill);
-                uint32_t word = 0;
-                if (r->end - r->in >= 2) {
-                    word = seqkv_word(r->in);
-                    r->in += 2;
-                } else {
-                    r->error = 1;
-                }
-                x[j] = x[j] << 16 | word;
-            }
-            state = _mm256_loadu_si256((const __m256i *) x);
+        const int refill = _mm256_movemask_ps(_mm256_castsi256_ps(empty));
+        if (r->end - r->in >= 16) { // the k-th empty state takes the k-th of the next words: byte j of the product counts those before lane j
+            const __m256i words = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *) r->in));
+            const uint64_t ones = seqkv_spread((uint8_t) refill), before = ones*0x0101010101010101u << 8;
+            const __m256i mine = _mm256_permutevar8x32_epi32(words, _mm256_cvtepu8_epi32(_mm_cvtsi64_si128((long long) before)));
+            state  = _mm256_blendv_epi8(state, _mm256_or_si256(_mm256_slli_epi32(state, 16), mine), empty);
+            r->in += ones*0x0202020202020202u >> 56;
+        } else if (refill) {
+            state = refill_end(r, state, refill);
         }
 
         const __m256i l = _mm256_add_epi32(_mm256_slli_epi32(sym, 1), parity);
