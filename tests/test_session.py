@@ -652,6 +652,65 @@ def test_llama_cpp_python_cache(tmp_path):
         cache[[5, 6, 7]]
 
 
+def test_server_arguments(monkeypatch, capsys):
+    """--kv becomes the numbers that the server takes, the disk cache is on; without the server's own packages one line says what to do."""
+    from seqkv_edge import server
+
+    where, rest = server.arguments(["--model", "x.gguf", "--store", "s", "--kv", "seqkv4:q8_0"])
+    given = dict(zip(rest[::2], rest[1::2]))
+    assert where == "s" and given["--type_k"] == str(llama.type_id("seqkv4")) and given["--type_v"] == str(llama.type_id("q8_0"))
+    assert (given["--cache"], given["--cache_type"], given["--flash_attn"], given["--model"]) == ("true", "disk", "true", "x.gguf")
+    monkeypatch.setitem(sys.modules, "llama_cpp.server.__main__", None)
+    monkeypatch.setattr(sys, "argv", ["server"])
+    with pytest.raises(SystemExit) as error:
+        server.main()
+    said = capsys.readouterr().err
+    assert error.value.code == 2 and "pip install 'llama-cpp-python[server]'" in said and said.count("\n") == 1
+
+
+@pytest.mark.model
+def test_llama_cpp_python_server(tmp_path):
+    """The server as it is: what it answered is in the store, and another process starts from it."""
+    pytest.importorskip("fastapi")
+    pytest.importorskip("uvicorn")
+    import socket
+    import urllib.error
+    import urllib.request
+
+    prompt = "The sea is large. " * 60
+
+    def ask(text: str) -> str:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        command = [sys.executable, "-m", "seqkv_edge.server", "--model", str(model.default_model()), "--store", str(tmp_path / "s"),
+                   "--port", str(port), "--n_ctx", "1024", "--n_threads", "1", "--verbose", "false"]  # fmt: skip
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        body = json.dumps({"prompt": text, "max_tokens": 4, "temperature": 0}).encode()
+        request = urllib.request.Request(f"http://127.0.0.1:{port}/v1/completions", body, {"Content-Type": "application/json"})
+        try:
+            for _ in range(600):
+                assert process.poll() is None, process.stderr and process.stderr.read()
+                try:
+                    with urllib.request.urlopen(request, timeout=300) as reply:
+                        return json.load(reply)["choices"][0]["text"]
+                except (urllib.error.URLError, ConnectionError):
+                    time.sleep(0.1)
+            pytest.fail("the server does not answer")
+        finally:
+            process.terminate()
+            process.communicate(timeout=60)
+
+    first = ask(prompt + "Ships")
+    with Store(tmp_path / "s") as store:
+        frames = store.nodes()
+        assert len(frames) > 3 and {node.level for node in frames} == {frames[0].level} != {"raw"}
+        assert all(node.hits == 0 for node in frames)
+    assert ask(prompt + "Ships") == first
+    with Store(tmp_path / "s") as store:
+        assert store.nodes()[0].hits == 1 and store.verify() == []
+
+
 # --- frames that are coded from the frames before them ---
 
 
