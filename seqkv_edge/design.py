@@ -249,6 +249,7 @@ def value_damage(scale: np.ndarray, s: np.ndarray, m: np.ndarray, bits: int) -> 
     return float(_MSE[bits] * np.mean(np.diag(s) * scale**2) * (np.diag(m) / scale**2).sum())
 
 
+@np.errstate(over="ignore", invalid="ignore")  # what comes of it is not finite, which is seen in the end
 def design(layer: int, stats: Statistics) -> LayerDesign:
     """Means and transforms of a layer. Raises ValueError when they are not finite, or beyond what a cache can hold."""
     heads = len(stats.k)
@@ -268,12 +269,11 @@ def design(layer: int, stats: Statistics) -> LayerDesign:
     if not (stats.has_x2 and stats.queries):
         k_damage = v_damage = float("nan")
     n = max(stats.queries, 1)
-    with np.errstate(over="ignore"):  # seen by the check
-        made = LayerDesign(
-            layer, (stats.k / stats.count).astype(np.float32), np.array(encodes).astype(np.float16),
-            (stats.v / stats.count).astype(np.float32), np.array(scales, np.float32), k_damage / n, v_damage / n,
-        )  # fmt: skip
-        _check_range(made)
+    made = LayerDesign(
+        layer, (stats.k / stats.count).astype(np.float32), np.array(encodes).astype(np.float16),
+        (stats.v / stats.count).astype(np.float32), np.array(scales, np.float32), k_damage / n, v_damage / n,
+    )  # fmt: skip
+    _check_range(made)
     return made
 
 
