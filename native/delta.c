@@ -309,56 +309,70 @@ static void code(coder * c, const seqkv_layer * l, const seqkv_layer * prev, con
     uint8_t g[SEQKV_FRAME*64*4*3];
     coder_init(c);
 
-    // inputs: of the tokens, and of those they copy, one after the other
+    // the tokens that are copied, each once, and its place among them
     int copied = 0;
+    int64_t source[SEQKV_FRAME];
+    uint8_t copy[SEQKV_FRAME], copy_offset[SEQKV_FRAME];
     for (int t = 0; t < f->n; ++t) {
-        int16_t * in = ws->in + t*stride;
-        if (prev) {
-            seqkv_key_inputs(prev, f->prev_k_bits, prev_k + t*prev_k_row, offset[t], in);
-            seqkv_value_inputs(prev, f->prev_v_bits, prev_v + t*prev_v_row, in + prev->n_head*prev->dk);
+        int j = 0;
+        while (f->match[t] && j < copied && source[j] != f->source[t]) {
+            ++j;
         }
-        if (f->match[t]) {
-            const int64_t s = f->source[t];
-            in = ws->copy_in + copied++*stride;
-            if (prev) {
-                seqkv_key_inputs(prev, f->prev_k_bits, f->prev_k + s*prev_k_row, f->offset[s], in);
-                seqkv_value_inputs(prev, f->prev_v_bits, f->prev_v + s*prev_v_row, in + prev->n_head*prev->dk);
-            }
-            seqkv_key_inputs(l, f->k_bits, f->k_past + s*k_row, f->offset[s], in + ws->n_prev);
+        copy[t] = (uint8_t) j;
+        if (f->match[t] && j == copied) {
+            copy_offset[copied] = f->offset[f->source[t]];
+            source[copied++]    = f->source[t];
         }
     }
+    const uint8_t * own_k[SEQKV_FRAME], * copy_k[SEQKV_FRAME], * copy_prev_k[SEQKV_FRAME], * of_prev_k[SEQKV_FRAME];
+    for (int t = 0; t < f->n; ++t) {
+        own_k[t]     = k + t*k_row;
+        of_prev_k[t] = prev ? prev_k + t*prev_k_row : NULL;
+    }
+    for (int j = 0; j < copied; ++j) {
+        copy_k[j]      = f->k_past + source[j]*k_row;
+        copy_prev_k[j] = prev ? f->prev_k + source[j]*prev_k_row : NULL;
+    }
+
+    // inputs of both
+    if (prev) {
+        const int n_prev_k = prev->n_head*prev->dk;
+        seqkv_key_inputs(prev, f->prev_k_bits, of_prev_k,   offset,      f->n,   ws->in,      stride);
+        seqkv_key_inputs(prev, f->prev_k_bits, copy_prev_k, copy_offset, copied, ws->copy_in, stride);
+        for (int t = 0; t < f->n; ++t) {
+            seqkv_value_inputs(prev, f->prev_v_bits, prev_v + t*prev_v_row, ws->in + t*stride + n_prev_k);
+        }
+        for (int j = 0; j < copied; ++j) {
+            seqkv_value_inputs(prev, f->prev_v_bits, f->prev_v + source[j]*prev_v_row, ws->copy_in + j*stride + n_prev_k);
+        }
+    }
+    seqkv_key_inputs(l, f->k_bits, copy_k, copy_offset, copied, ws->copy_in + ws->n_prev, stride);
 
     code_gains(c, pk, f, 1, seqkv_k_groups(l), f->k_bits, f->k_past, k_row, k, prev_k, f->prev_k_bits, prev_k_row,
                prev ? seqkv_k_groups(prev) : 0, l, g);
     seqkv_predict(pk, ws->in,      stride, ws->n_prev, f->n,   ws->x,   n_k);
     seqkv_predict(pk, ws->copy_in, stride, ws->n_prev, copied, ws->own, n_k);
-    for (int t = 0, j = 0; t < f->n; ++t) {
-        const int match = f->match[t];
+    for (int t = 0; t < f->n; ++t) {
+        const int match = f->match[t], j = copy[t];
         if (match) {
             mix(ws->x + t*n_k, ws->copy_in + j*stride + ws->n_prev, ws->own + j*n_k, n_k, pk->copy[match], pk->copy_error[match]);
-            ++j;
-        }
-        if (match || (pk->weight && ws->n_prev)) {
-            seqkv_key_values(l, ws->x + t*n_k, offset[t], ws->z + t*n_k);
-        } else {
-            memset(ws->z + t*n_k, 0, n_k*sizeof(int16_t));
         }
     }
+    seqkv_key_values(l, ws->x, offset, f->n, ws->z);
     code_rows(c, l, pk, f, 1, f->k_bits, k, g, ws->z);
 
-    for (int t = 0; t < f->n && pv->weight; ++t) {
-        seqkv_key_inputs(l, f->k_bits, k + t*k_row, offset[t], ws->in + t*stride + ws->n_prev);
+    if (pv->weight) {
+        seqkv_key_inputs(l, f->k_bits, own_k, offset, f->n, ws->in + ws->n_prev, stride);
     }
     code_gains(c, pv, f, 0, seqkv_v_groups(l), f->v_bits, f->v_past, v_row, v, prev_v, f->prev_v_bits, prev_v_row,
                prev ? seqkv_v_groups(prev) : 0, l, g);
     seqkv_predict(pv, ws->in,      stride, stride, f->n,   ws->z,   n_v);
     seqkv_predict(pv, ws->copy_in, stride, stride, copied, ws->own, n_v);
-    for (int t = 0, j = 0; t < f->n; ++t) {
-        const int match = f->match[t];
+    for (int t = 0; t < f->n; ++t) {
+        const int match = f->match[t], j = copy[t];
         if (match) {
             seqkv_value_inputs(l, f->v_bits, f->v_past + f->source[t]*v_row, ws->copy);
             mix(ws->z + t*n_v, ws->copy, ws->own + j*n_v, n_v, pv->copy[match], pv->copy_error[match]);
-            ++j;
         }
     }
     code_rows(c, l, pv, f, 0, f->v_bits, v, g, ws->z);

@@ -1,5 +1,4 @@
 #include "predict.h"
-#include "encode.h" // SEQKV_RESTRICT
 
 #include <math.h>
 
@@ -7,10 +6,10 @@
 #    pragma STDC FP_CONTRACT OFF // GCC: -std=c11 does that
 #endif
 
-#if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__) && defined(__GLIBC__) && !defined(__SANITIZE_ADDRESS__)
-#    define SEQKV_CLONES __attribute__((target_clones("avx2", "default"))) // sums of integers: the same on each
-#else
-#    define SEQKV_CLONES
+#if defined(__GNUC__) && defined(__x86_64__)
+#    include <immintrin.h>
+#    include "predict-avx2.h" // where the processor has it
+#    define SEQKV_WIDE __builtin_cpu_supports("avx2")
 #endif
 
 void seqkv_block_values(int bits, int graded, const uint8_t * block, int unit, int16_t * z) {
@@ -34,35 +33,58 @@ void seqkv_block_values(int bits, int graded, const uint8_t * block, int unit, i
 static inline int pair_first (const seqkv_layer * l, int i) { return l->neox ? i : 2*i; }
 static inline int pair_second(const seqkv_layer * l, int i) { return l->neox ? i + l->n_rot/2 : 2*i + 1; }
 
-static inline int32_t dot(const int16_t * a, const int16_t * b, int n) {
-    int32_t sum = 0;
-    for (int i = 0; i < n; ++i) {
-        sum += a[i]*b[i];
+// Sums (n, 2) of the products of two rows of weights w (2, n_in) with n rows of inputs (n, stride); n_in is a multiple of 64. Integers:
+// the same in any order.
+static void products(const int16_t * w, const int16_t * in, int64_t stride, int n_in, int n, int32_t * sum) {
+    int t = 0;
+#ifdef SEQKV_WIDE
+    if (SEQKV_WIDE) {
+        t = n/4*4;
+        products_avx2(w, in, stride, n_in, t, sum);
     }
-    return sum;
+#endif
+    for (; t < n; ++t) {
+        const int16_t * x = in + t*stride;
+        int32_t s0 = 0, s1 = 0;
+        for (int i = 0; i < n_in; ++i) {
+            s0 += w[i]*x[i];
+            s1 += w[n_in + i]*x[i];
+        }
+        sum[2*t]     = s0;
+        sum[2*t + 1] = s1;
+    }
 }
 
-SEQKV_CLONES
-void seqkv_key_inputs(const seqkv_layer * l, int bits, const uint8_t * row, int offset, int16_t * x) {
-    const int16_t * cs = l->rope + (int64_t) offset*l->n_rot;
-    for (int h = 0; h < l->n_head; ++h, x += l->dk) {
-        int16_t z[256];
-        for (int b = 0; b < l->dk/SEQKV_BLOCK; ++b, row += seqkv_block_bytes(bits, 1)) {
-            seqkv_block_values(bits, 1, row, SEQKV_UNIT_KEY, z + b*SEQKV_BLOCK);
+void seqkv_key_inputs(const seqkv_layer * l, int bits, const uint8_t * const * row, const uint8_t * offset, int n, int16_t * x, int64_t stride) {
+    const int dk = l->dk, blocks = dk/SEQKV_BLOCK, size = seqkv_block_bytes(bits, 1);
+    int16_t z[SEQKV_FRAME*256], y[SEQKV_FRAME*256]; // (n, dk)
+    int32_t sum[SEQKV_FRAME*2];
+    for (int h = 0; h < l->n_head; ++h, x += dk) {
+        for (int t = 0; t < n; ++t) {
+            for (int b = 0; b < blocks; ++b) {
+                seqkv_block_values(bits, 1, row[t] + (h*blocks + b)*size, SEQKV_UNIT_KEY, z + t*dk + b*SEQKV_BLOCK);
+            }
         }
-        int32_t y[256];
-        const int16_t * d = l->k_decode + (int64_t) h*l->dk*l->dk;
-        for (int i = 0; i < l->dk; ++i) {
-            y[i] = seqkv_clip((dot(d + i*l->dk, z, l->dk) + (1 << 12)) >> 13, 2*SEQKV_MAX_VALUE);
+        const int16_t * d = l->k_decode + (int64_t) h*dk*dk;
+        for (int i = 0; i < dk; i += 2) {
+            products(d + i*dk, z, dk, dk, n, sum);
+            for (int t = 0; t < n; ++t) {
+                y[t*dk + i]     = (int16_t) seqkv_clip((sum[2*t]     + (1 << 12)) >> 13, 2*SEQKV_MAX_VALUE);
+                y[t*dk + i + 1] = (int16_t) seqkv_clip((sum[2*t + 1] + (1 << 12)) >> 13, 2*SEQKV_MAX_VALUE);
+            }
         }
-        for (int i = 0; i < l->n_rot/2; ++i) {
-            const int i0 = pair_first(l, i), i1 = pair_second(l, i);
-            const int32_t a = y[i0], b = y[i1], c = cs[2*i], s = cs[2*i + 1];
-            y[i0] = (a*c + b*s + (1 << 13)) >> 14;
-            y[i1] = (b*c - a*s + (1 << 13)) >> 14;
-        }
-        for (int i = 0; i < l->dk; ++i) {
-            x[i] = (int16_t) seqkv_clip(y[i], SEQKV_MAX_VALUE);
+        for (int t = 0; t < n; ++t) {
+            const int16_t * cs = l->rope + (int64_t) offset[t]*l->n_rot, * from = y + t*dk;
+            int16_t * to = x + t*stride;
+            for (int i = 0; i < l->n_rot/2; ++i) {
+                const int i0 = pair_first(l, i), i1 = pair_second(l, i);
+                const int32_t a = from[i0], b = from[i1], c = cs[2*i], s = cs[2*i + 1];
+                to[i0] = (int16_t) seqkv_clip((a*c + b*s + (1 << 13)) >> 14, SEQKV_MAX_VALUE);
+                to[i1] = (int16_t) seqkv_clip((b*c - a*s + (1 << 13)) >> 14, SEQKV_MAX_VALUE);
+            }
+            for (int i = l->n_rot; i < dk; ++i) {
+                to[i] = (int16_t) seqkv_clip(from[i], SEQKV_MAX_VALUE);
+            }
         }
     }
 }
@@ -74,41 +96,32 @@ void seqkv_value_inputs(const seqkv_layer * l, int bits, const uint8_t * row, in
     }
 }
 
-SEQKV_CLONES
-void seqkv_key_values(const seqkv_layer * l, const int16_t * x, int offset, int16_t * z) {
-    const int16_t * cs = l->rope + (int64_t) offset*l->n_rot;
-    for (int h = 0; h < l->n_head; ++h, x += l->dk, z += l->dk) {
-        int16_t y[256];
-        memcpy(y, x, l->dk*sizeof(int16_t));
-        for (int i = 0; i < l->n_rot/2; ++i) {
-            const int i0 = pair_first(l, i), i1 = pair_second(l, i);
-            const int32_t a = x[i0], b = x[i1], c = cs[2*i], s = cs[2*i + 1];
-            y[i0] = (int16_t) seqkv_clip((a*c - b*s + (1 << 13)) >> 14, MAX_TURNED);
-            y[i1] = (int16_t) seqkv_clip((a*s + b*c + (1 << 13)) >> 14, MAX_TURNED);
+void seqkv_key_values(const seqkv_layer * l, const int16_t * x, const uint8_t * offset, int n, int16_t * z) {
+    const int dk = l->dk, width = l->n_head*dk;
+    int16_t y[SEQKV_FRAME*256]; // (n, dk)
+    int32_t sum[SEQKV_FRAME*2];
+    for (int h = 0; h < l->n_head; ++h, x += dk, z += dk) {
+        for (int t = 0; t < n; ++t) {
+            const int16_t * cs = l->rope + (int64_t) offset[t]*l->n_rot, * from = x + t*width;
+            int16_t * to = y + t*dk;
+            memcpy(to, from, dk*sizeof(int16_t));
+            for (int i = 0; i < l->n_rot/2; ++i) {
+                const int i0 = pair_first(l, i), i1 = pair_second(l, i);
+                const int32_t a = from[i0], b = from[i1], c = cs[2*i], s = cs[2*i + 1];
+                to[i0] = (int16_t) seqkv_clip((a*c - b*s + (1 << 13)) >> 14, MAX_TURNED);
+                to[i1] = (int16_t) seqkv_clip((a*s + b*c + (1 << 13)) >> 14, MAX_TURNED);
+            }
         }
-        const int16_t * e = l->k_encode + (int64_t) h*l->dk*l->dk;
+        const int16_t * e = l->k_encode + (int64_t) h*dk*dk;
         const int shift = l->k_shift[h];
-        for (int i = 0; i < l->dk; ++i) {
-            z[i] = (int16_t) seqkv_clip((dot(e + i*l->dk, y, l->dk) + (1 << shift >> 1)) >> shift, SEQKV_MAX_VALUE);
+        for (int i = 0; i < dk; i += 2) {
+            products(e + i*dk, y, dk, dk, n, sum);
+            for (int t = 0; t < n; ++t) {
+                z[t*width + i]     = (int16_t) seqkv_clip((sum[2*t]     + (1 << shift >> 1)) >> shift, SEQKV_MAX_VALUE);
+                z[t*width + i + 1] = (int16_t) seqkv_clip((sum[2*t + 1] + (1 << shift >> 1)) >> shift, SEQKV_MAX_VALUE);
+            }
         }
     }
-}
-
-// sums of the products of w[n] and four rows of inputs: n a multiple of 64
-SEQKV_CLONES
-static void dot4(const int16_t * SEQKV_RESTRICT w, const int16_t * SEQKV_RESTRICT in, int64_t stride, int n, int32_t * SEQKV_RESTRICT sum) {
-    const int16_t * a = in, * b = in + stride, * c = in + 2*stride, * d = in + 3*stride;
-    int32_t s0 = 0, s1 = 0, s2 = 0, s3 = 0;
-    for (int i = 0; i < n; ++i) {
-        s0 += w[i]*a[i];
-        s1 += w[i]*b[i];
-        s2 += w[i]*c[i];
-        s3 += w[i]*d[i];
-    }
-    sum[0] = s0;
-    sum[1] = s1;
-    sum[2] = s2;
-    sum[3] = s3;
 }
 
 static int16_t scaled(int32_t sum, int32_t step) {
@@ -121,21 +134,16 @@ void seqkv_predict(const seqkv_predictor * p, const int16_t * in, int stride, in
         memset(out, 0, (size_t) n*n_out*sizeof(int16_t));
         return;
     }
-    int16_t w[SEQKV_MAX_INPUTS];
-    for (int o = 0; o < n_out; ++o) {
-        for (int i = 0; i < n_in; ++i) {
+    int16_t w[2*SEQKV_MAX_INPUTS];
+    int32_t sum[SEQKV_FRAME*2];
+    for (int o = 0; o < n_out; o += 2) {
+        for (int i = 0; i < 2*n_in; ++i) {
             w[i] = p->weight[(int64_t) o*n_in + i];
         }
-        int t = 0;
-        for (; t + 4 <= n; t += 4) {
-            int32_t sum[4];
-            dot4(w, in + (int64_t) t*stride, stride, n_in, sum);
-            for (int j = 0; j < 4; ++j) {
-                out[(int64_t) (t + j)*n_out + o] = scaled(sum[j], p->step[o]);
-            }
-        }
-        for (; t < n; ++t) {
-            out[(int64_t) t*n_out + o] = scaled(dot(w, in + (int64_t) t*stride, n_in), p->step[o]);
+        products(w, in, stride, n_in, n, sum);
+        for (int t = 0; t < n; ++t) {
+            out[(int64_t) t*n_out + o]     = scaled(sum[2*t],     p->step[o]);
+            out[(int64_t) t*n_out + o + 1] = scaled(sum[2*t + 1], p->step[o + 1]);
         }
     }
 }
@@ -153,16 +161,17 @@ int64_t seqkv_delta_inputs(const seqkv_layer * l, int k_bits, int v_bits, const 
     if ((k && (k_bits < 1 || k_bits > 4)) || (v && (v_bits < 1 || v_bits > 4))) {
         return SEQKV_EBITS;
     }
-    for (int64_t t = 0; t < n_rows; ++t) {
-        if (k) {
-            if (offset[t] >= SEQKV_FRAME) {
-                return SEQKV_ESHAPE;
-            }
-            seqkv_key_inputs(l, k_bits, k + t*(l->n_head*(l->dk/SEQKV_BLOCK)*seqkv_block_bytes(k_bits, 1)), offset[t], x + t*l->n_head*l->dk);
+    const int64_t k_row = l->n_head*(l->dk/SEQKV_BLOCK)*seqkv_block_bytes(k_bits, 1), v_row = l->n_head*(l->dv/SEQKV_BLOCK)*seqkv_block_bytes(v_bits, 0);
+    const int64_t n_k = l->n_head*l->dk, n_v = l->n_head*l->dv;
+    for (int64_t t = 0; k && t < n_rows; ++t) {
+        if (offset[t] >= SEQKV_FRAME) {
+            return SEQKV_ESHAPE;
         }
-        if (v) {
-            seqkv_value_inputs(l, v_bits, v + t*(l->n_head*(l->dv/SEQKV_BLOCK)*seqkv_block_bytes(v_bits, 0)), z + t*l->n_head*l->dv);
-        }
+        const uint8_t * row = k + t*k_row;
+        seqkv_key_inputs(l, k_bits, &row, offset + t, 1, x + t*n_k, n_k);
+    }
+    for (int64_t t = 0; v && t < n_rows; ++t) {
+        seqkv_value_inputs(l, v_bits, v + t*v_row, z + t*n_v);
     }
     return SEQKV_OK;
 }

@@ -35,12 +35,12 @@ static inline int seqkv_v_gain(const uint8_t * row, int bits, int q) {
 // One block -> z[64]. unit: the gain that counts as 1.
 void seqkv_block_values(int bits, int graded, const uint8_t * block, int unit, int16_t * z);
 
-// One row of keys -> x (n_head*dk), one row of values -> z (n_head*dv)
-void seqkv_key_inputs(const seqkv_layer * l, int bits, const uint8_t * row, int offset, int16_t * x);
+// Rows of keys at their offsets, n <= 64 -> x (n, stride), of which n_head*dk count; one row of values -> z (n_head*dv)
+void seqkv_key_inputs(const seqkv_layer * l, int bits, const uint8_t * const * row, const uint8_t * offset, int n, int16_t * x, int64_t stride);
 void seqkv_value_inputs(const seqkv_layer * l, int bits, const uint8_t * row, int16_t * z);
 
-// x (n_head*dk) -> z = E' R(offset) x
-void seqkv_key_values(const seqkv_layer * l, const int16_t * x, int offset, int16_t * z);
+// x (n, n_head*dk) -> z = E' R(offset) x, of the same shape; n <= 64
+void seqkv_key_values(const seqkv_layer * l, const int16_t * x, const uint8_t * offset, int n, int16_t * z);
 
-// Predictions out (n, n_out) from inputs (n, stride) of which n_in count; NULL weights: zeros.
+// Predictions out (n, n_out) from inputs (n, stride) of which n_in count, n <= 64; NULL weights: zeros.
 void seqkv_predict(const seqkv_predictor * p, const int16_t * in, int stride, int n_in, int n, int16_t * out, int n_out);

@@ -490,15 +490,21 @@ def _run_worker(args: argparse.Namespace, kv: KvSpec, ctx: int) -> MemoryRow:
     return MemoryRow(**json.loads(done.stdout.strip().splitlines()[-1]))
 
 
-def plot_memory(rows: list[MemoryRow], path: Path) -> None:
-    """KV bytes over context, one line per type."""
+def plotter() -> Any:
+    """matplotlib.pyplot, drawing to files. Raises UsageError where it is missing."""
     try:
         import matplotlib
     except ImportError:
-        raise SeqkvError("--plot needs matplotlib: pip install matplotlib") from None
+        raise UsageError("--plot needs matplotlib: pip install matplotlib") from None
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    return pyplot
+
+
+def plot_memory(rows: list[MemoryRow], path: Path) -> None:
+    """KV bytes over context, one line per type."""
+    pyplot = plotter()
     figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
     for kv in dict.fromkeys(row.kv for row in rows):
         points = sorted((row.ctx, row.kv_bytes / 2**20) for row in rows if row.kv == kv)
@@ -638,6 +644,8 @@ def run(args: argparse.Namespace) -> int:
     if args.what == "memory" and args.worker:
         print(json.dumps(asdict(memory_worker(args))))
         return 0
+    if getattr(args, "plot", None):
+        plotter()  # that it is missing is known before the minutes of a measurement
     from . import bench_tiers
     from .bench_store import print_store, store
     from .speed import print_speed, speed

@@ -51,9 +51,9 @@ class StoreRow:
     decode_share: float | None = None
     """time of saving / time of decoding the same tokens one by one"""
     restore_tps: float | None = None
-    """from files to a context that goes on"""
+    """from files to a context that goes on (median)"""
     prefill_tps: float | None = None
-    """evaluating the same tokens"""
+    """evaluating the same tokens (median)"""
     same_logits: bool | None = None
     """whether the restored context went on with the live one's logits, bit for bit, for 256 tokens"""
     tokens_bits: float | None = None
@@ -102,15 +102,24 @@ class Bench:
 
     def rows(self) -> list[StoreRow]:
         kv, n, ids = str(self.kv), self.n, self.ids
+        seconds = []
+        for _ in range(self.args.runs - 1):
+            with self.context() as context:
+                started = time.perf_counter()
+                context.evaluate(ids[:n])
+                seconds.append(time.perf_counter() - started)
         with self.context() as context:
             started = time.perf_counter()
             context.evaluate(ids[:n])
-            prefill = n / (time.perf_counter() - started)
+            prefill = n / float(np.median([*seconds, time.perf_counter() - started]))
             layout = identify(context).layout
-            n_sink, n_window = window_of(layout)
             live = StoreRow(kv, "live", n, layout.row_bytes, self.f16 / layout.row_bytes, prefill_tps=prefill)
-            slots = self._slot_file(context)  # before the steps of `_stored`
-            stored = [self._stored(context, level, layout, n_sink, n_window, prefill) for level in self._levels(context)]
+            slots = self._slot_file(context)
+            saved = [self._save(context, level, layout) for level in self._levels(context)]
+            started = time.perf_counter()  # the steps move the window: nothing is read from this context behind them
+            expected = _step(context, ids[n : n + CONTINUED])
+            decode = (time.perf_counter() - started) / CONTINUED
+            stored = [self._stored(context, layout, prefill, decode, expected, *one) for one in saved]
         return [live, *slots, *stored]
 
     def _levels(self, context: Context) -> list[str]:
@@ -149,32 +158,36 @@ class Bench:
         ]  # fmt: skip
 
     @staticmethod
-    def _in(store: Store, id_: int, context: Context, level: str) -> str:
-        """The level in a new store, which needs its own copy of the profile."""
+    def _in(store: Store, context: Context, level: str) -> str:
+        """The level in another store, which needs its own copy of the profile."""
         split = coders.split_level(level)
-        return level if split is None else store.level(id_, context.model.profile, split[0])
+        return level if split is None else store.level(store.context(identify(context)), context.model.profile, split[0])
 
-    def _stored(self, context: Context, level: str, layout: state.Layout, n_sink: int, n_window: int, prefill: float) -> StoreRow:
+    def _folder(self, level: str) -> Path:
+        return self.folder / f"{self.kv}-{level}".replace(":", "-")
+
+    def _save(self, context: Context, level: str, layout: state.Layout) -> tuple[str, float]:
+        """The session "x" in a store of its own. Returns its level, and seconds a token."""
         n, ids = self.n, self.ids
-        with Store(self.folder / f"{self.kv}-{level}".replace(":", "-")) as store:
+        n_sink, n_window = window_of(layout)
+        with Store(self._folder(level)) as store:
             id_ = store.context(identify(context))
-            level = self._in(store, id_, context, level)
+            level = self._in(store, context, level)
             parent, started = None, time.perf_counter()
             for i in range(n // FRAME):
                 chunk = read_frame(context, i, n_sink)
                 parent = store.put(id_, parent, ids[FRAME * i : FRAME * (i + 1)], chunk, level=level)
-            end = read_end(context, n_sink, n_window)
-            store.save("x", id_, parent, [], end, {})
-            save = (time.perf_counter() - started) / n
-            size = sum(node.size for node in store.nodes())
-            info = store.session("x")
+            store.save("x", id_, parent, [], read_end(context, n_sink, n_window), {})
+            return level, (time.perf_counter() - started) / n
 
-            context.keep(n)
-            started = time.perf_counter()
-            expected = _step(context, ids[n : n + CONTINUED])
-            decode = (time.perf_counter() - started) / CONTINUED
-            # the steps have moved the window: what follows reads the store alone
-            with self.context() as other:
+    def _stored(
+        self, live: Context, layout: state.Layout, prefill: float, decode: float, expected: np.ndarray, level: str, save: float
+    ) -> StoreRow:  # fmt: skip
+        n, ids = self.n, self.ids
+        seconds, same = [], None
+        for _ in range(self.args.runs):
+            with Store(self._folder(level)) as store, self.context() as other:
+                info = store.session("x")
                 started = time.perf_counter()
                 chunks, damaged = store.restore(store.path_to(info.node))
                 assert damaged is None
@@ -182,34 +195,40 @@ class Bench:
                 pieces = [(chunk, FRAME) for chunk in chunks] + ([] if tail is None else [(tail, 0)])
                 exact = None if tail is None else state.check_chunk(tail, layout, 0)
                 other.set_state(state.build(layout, pieces, ids[:n], exact), ids[:n])
-                restore = (time.perf_counter() - started) / n
-                same = bool(np.array_equal(_step(other, ids[n : n + CONTINUED]), expected))
-            ratio, overhead, speedup = (None, None, None) if self.args.tiers else self._shared(context, level)
+                seconds.append(time.perf_counter() - started)
+                if same is None:
+                    same = bool(np.array_equal(_step(other, ids[n : n + CONTINUED]), expected))
+                size = sum(node.size for node in store.nodes())
+        ratio, overhead, speedup = (None, None, None) if self.args.tiers or not self.args.sessions else self._shared(live, level)
         return StoreRow(
-            str(self.kv), f"stored {level.partition('-')[0]}", n, size / n, self.f16 * n / size, info.tail_size, 1 / save, save / decode, 1 / restore, prefill, same,
-            None, ratio, overhead, speedup,
+            str(self.kv), f"stored {level.partition('-')[0]}", n, size / n, self.f16 * n / size, info.tail_size, 1 / save, save / decode,
+            n / float(np.median(seconds)), prefill, same, None, ratio, overhead, speedup,
         )  # fmt: skip
 
     def _shared(self, live: Context, level: str) -> tuple[float, float, float]:
-        """Sessions that begin with the first half of the text and go on differently, each in a context of its own."""
+        """Sessions that begin with the first half of the text and go on differently, each in a context of its own. The first token
+        without the store is timed thrice, on contexts that save nothing, between the sessions."""
         prefix = self.ids[: self.n // 2 // FRAME * FRAME]
         rng = np.random.default_rng(0)
         alone = own = 0
-        evaluated, stored = 0.0, []
-        with Store(self.folder / f"{self.kv}-{level}-shared".replace(":", "-")) as store:
+        evaluated: list[float] = []
+        stored: list[float] = []
+        with Store(self.folder / f"{self._folder(level).name}-shared") as store:
             for i in range(self.args.sessions):
-                question = self.ids[self.n // 2 :][:40] if i == 0 else rng.choice(self.ids, 70).tolist()
-                todo = prefix + question
-                with self.context() as context, Session(store, f"s{i}", context, level=None if coders.split_level(level) else level) as session:
+                todo = prefix + rng.choice(self.ids, 70).tolist()
+                if i < 3:
+                    with self.context() as context:
+                        started = time.perf_counter()
+                        context.evaluate(todo)
+                        context.next_logits()
+                        evaluated.append(time.perf_counter() - started)
+                with self.context() as context, Session(store, f"s{i}", context, level=self._in(store, live, level)) as session:
                     session.save(end=False)
                     started = time.perf_counter()
                     context.evaluate(todo[session.find_prefix(todo, 0) :])
                     context.next_logits()
-                    seconds = time.perf_counter() - started
-                    if i == 0:
-                        evaluated = seconds
-                    elif i > 1:  # the second one's last shared frame is a variant that the others find
-                        stored.append(seconds)
+                    if i > 1:  # the second one's last shared frame is a variant that the others find
+                        stored.append(time.perf_counter() - started)
                     session.save(end=True)
                     session.flush()
                     info = store.session(f"s{i}")
@@ -218,7 +237,7 @@ class Bench:
                     own += sum(node.size for node in nodes[len(prefix) // FRAME :]) + info.tail_size
             total = sum(node.size for node in store.nodes()) + sum(i.tail_size for i in store.sessions())
             shared = sum(node.size for node in store.path_to(store.session("s0").node)[: len(prefix) // FRAME])
-        return alone / total, total / (shared + own), evaluated / float(np.median(stored))
+        return alone / total, total / (shared + own), float(np.median(evaluated) / np.median(stored))
 
 
 def token_rows(loaded: Model, ids: list[int], n_model: int, threads: int | None) -> list[StoreRow]:
@@ -258,8 +277,8 @@ def text_of(args: argparse.Namespace) -> str:
 
 def store(args: argparse.Namespace) -> list[StoreRow]:
     """The rows of `bench store`."""
-    if args.tokens < 4 * FRAME or args.sessions < 3:
-        raise UsageError(f"--tokens must be at least {4 * FRAME}, --sessions at least 3")
+    if args.tokens < 4 * FRAME or args.sessions in (1, 2) or args.sessions < 0 or args.runs < 1:
+        raise UsageError(f"--tokens must be at least {4 * FRAME}, --sessions 0 or at least 3, --runs at least 1")
     if args.plot and not args.tiers:
         raise UsageError("--plot draws the table of --tiers: add that")
     options, kvs, text = options_of(args), bench.parse_list(args.kv), text_of(args)

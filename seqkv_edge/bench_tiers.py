@@ -17,7 +17,6 @@ import numpy as np
 from . import bench, bench_store, coders, model, state
 from .bench_store import StoreRow
 from .engine import Context, Model, open_model
-from .errors import UsageError
 from .llama import KvSpec
 from .lossy import STEPS
 from .session import identify, read_end, read_frame, window_of
@@ -159,13 +158,7 @@ def print_tiers(title: str, rows: Sequence[StoreRow | Ratio]) -> None:
 
 def plot(rows: Sequence[StoreRow | Ratio], path: Path) -> None:
     """Distance and restoring speed over bits a value."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise UsageError("--plot needs matplotlib: pip install matplotlib") from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = bench.plotter()
     stored = [row for row in rows if isinstance(row, StoreRow)]
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
     kinds = list(dict.fromkeys(row.kv for row in stored if row.kv != "-"))

@@ -107,7 +107,8 @@ def _bench(parser: argparse.ArgumentParser) -> None:
         elif name == "store":
             kind.add_argument("--text", metavar="FILE", help="text of the session (default: documentation that is at hand)")
             kind.add_argument("--tokens", type=int, default=4096, metavar="N", help="length of the session (default 4096)")
-            kind.add_argument("--sessions", type=int, default=8, metavar="N", help="sessions that share its first half (default 8)")
+            kind.add_argument("--sessions", type=int, default=8, metavar="N", help="sessions that share its first half (default 8, 0: without these)")
+            kind.add_argument("--runs", type=int, default=3, metavar="N", help="repetitions of reading and restoring the session (default 3)")
             kind.add_argument(
                 "--model-tokens", type=int, default=512, metavar="N", help="tokens coded with the model's probabilities, one evaluation each way (default 512)"
             )

@@ -140,25 +140,25 @@ class Copies:
     """Finds, for each token of a frame, the token of an earlier frame of its path that ends the longest match with its own past."""
 
     def __init__(self) -> None:
-        self._tokens: list[int] = []
-        self._last: list[dict[tuple[int, ...], int]] = [{} for _ in MATCHES]
+        self._tokens = b""  # the last that a match may begin with, 4 bytes each: pieces of bytes are quicker keys than tuples
+        self._n = 0
+        self._last: list[dict[bytes, int]] = [{} for _ in MATCHES]
 
     def add(self, tokens: Sequence[int]) -> tuple[NDArray[np.int32], Bytes]:
         """Append a frame. Returns source and match (n,) as in seqkv_frame; of several sources the latest is taken."""
-        past, n = len(self._tokens), len(tokens)
-        self._tokens += map(int, tokens)
-        source, match = np.zeros(n, np.int32), np.zeros(n, np.uint8)
-        keys = [[tuple(self._tokens[t + 1 - m : t + 1]) for t in range(past, past + n) if t + 1 >= m] for m in MATCHES]
-        for i in range(n):
-            for c in reversed(range(len(MATCHES))):
-                at = i - n + len(keys[c])
-                found = self._last[c].get(keys[c][at]) if at >= 0 else None
+        n, before = len(tokens), len(self._tokens) // 4
+        data = self._tokens + np.asarray(tokens, np.int64).astype("<u4").tobytes()
+        source, match = [0] * n, [0] * n
+        for c, (m, known) in enumerate(zip(MATCHES, self._last), 1):
+            first = max(0, m - 1 - before)  # the first token that has m tokens with itself
+            ends = range(4 * (before + first + 1), len(data) + 1, 4)
+            keys = [data[end - 4 * m : end] for end in ends]
+            for i, found in enumerate(map(known.get, keys), first):
                 if found is not None:
-                    source[i], match[i] = found, c + 1
-                    break
-        for c, known in enumerate(self._last):
-            known.update(zip(keys[c], range(past + n - len(keys[c]), past + n)))
-        return source, match
+                    source[i], match[i] = found, c
+            known.update(zip(keys, range(self._n + first, self._n + n)))
+        self._tokens, self._n = data[-4 * (MATCHES[-1] - 1) :], self._n + n
+        return np.array(source, np.int32), np.array(match, np.uint8)
 
 
 @dataclass(frozen=True)

@@ -249,8 +249,9 @@ def value_damage(scale: np.ndarray, s: np.ndarray, m: np.ndarray, bits: int) -> 
     return float(_MSE[bits] * np.mean(np.diag(s) * scale**2) * (np.diag(m) / scale**2).sum())
 
 
+@np.errstate(over="ignore", invalid="ignore")  # what comes of it is not finite, which is seen in the end
 def design(layer: int, stats: Statistics) -> LayerDesign:
-    """Means and transforms of a layer. Raises ValueError when the statistics are not finite."""
+    """Means and transforms of a layer. Raises ValueError when they are not finite, or beyond what a cache can hold."""
     heads = len(stats.k)
     encodes, scales = [], []
     k_damage = v_damage = 0.0
@@ -268,10 +269,24 @@ def design(layer: int, stats: Statistics) -> LayerDesign:
     if not (stats.has_x2 and stats.queries):
         k_damage = v_damage = float("nan")
     n = max(stats.queries, 1)
-    return LayerDesign(
+    made = LayerDesign(
         layer, (stats.k / stats.count).astype(np.float32), np.array(encodes).astype(np.float16),
         (stats.v / stats.count).astype(np.float32), np.array(scales, np.float32), k_damage / n, v_damage / n,
     )  # fmt: skip
+    _check_range(made)
+    return made
+
+
+def _check_range(made: LayerDesign) -> None:
+    """Raises ValueError unless the numbers and the predictions made from them are in the range of f16, in which caches hold them."""
+    for name, array in (("keys", made.k_mean), ("keys", made.k_encode), ("values", made.v_mean), ("values", made.v_scale)):
+        if not np.isfinite(array.astype(np.float16)).all():
+            raise ValueError(f"the {name} of layer {made.layer} are beyond the range of f16")
+    # |E R(offset) mean| <= |row of E| |mean|, as llama_seqkv_configure bounds it
+    rows = np.linalg.norm(made.k_encode.astype(np.float64), axis=2).max(axis=1)
+    beyond = np.flatnonzero(rows * np.linalg.norm(made.k_mean.astype(np.float64), axis=1) > np.finfo(np.float16).max)
+    if beyond.size:
+        raise ValueError(f"the keys of layer {made.layer}, head {beyond[0]} vary too little around their mean for the range of f16")
 
 
 def plan_bits(designs: list[LayerDesign], bits: int) -> tuple[dict[int, int], dict[int, int]]:

@@ -20,7 +20,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -54,10 +54,12 @@ class KvOptions:
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """What is known of a loaded model: its file (None when it was not loaded from a path) and its options."""
+    """What is known of a loaded model: its file (None when it was not loaded from a path), its options, and the profile that its last
+    context of our types was made with."""
 
     path: Path | None
     options: KvOptions
+    profile: Path | None = None
 
 
 _models: dict[int, LoadedModel] = {}
@@ -215,4 +217,13 @@ def _prepare(model: int, type_k: int, type_v: int) -> None:
             raise SeqkvError(
                 "a model that was not loaded from a path has no automatic profile: use kv(..., profile=None)"
             )
-        profile.prepare(model, loaded.path, type_k, type_v, loaded.options)
+        used = profile.prepare(model, loaded.path, type_k, type_v, loaded.options)
+        if model in _models:
+            _models[model] = replace(loaded, profile=used)
+
+
+def profile_of(model: int) -> Path | None:
+    """The profile that the last context of our types of a loaded model (a llama_model pointer) was made with."""
+    with _lock:
+        found = _models.get(model)
+    return found.profile if found else None

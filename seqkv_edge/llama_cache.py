@@ -16,6 +16,7 @@ import numpy as np
 from llama_cpp.llama_cache import BaseLlamaCache
 
 from . import state
+from .dropin import profile_of
 from .errors import DamagedError, StateError, StoreError, UsageError
 from .gguf_meta import read_model
 from .session import identity_of, window_of
@@ -60,6 +61,8 @@ class StoreCache(BaseLlamaCache):
         self.identity = identity_of(pointer, file, meta.n_layer, kv, layout, salt)
         self.context = self.store.context(self.identity)
         self._n_sink, self._n_window = window_of(layout)
+        used = profile_of(int(getattr(llm._model.model, "value", llm._model.model))) if layout.header else None
+        self.level = self.store.level(self.context, used)
 
     @property
     def cache_size(self) -> int:
@@ -99,9 +102,10 @@ class StoreCache(BaseLlamaCache):
             except DamagedError:
                 pass  # marked as gone; the frames that are whole are used
         if not pieces:
-            chunks, _ = self.store.restore(path)
             # the last frame is evaluated again for the exact window
-            pieces = [(chunk, FRAME) for chunk in (chunks[:-1] if self._n_window else chunks)]
+            again = int(self._n_window > 0)
+            chunks, damaged = self.store.restore(path[: len(path) - again])
+            pieces = [(chunk, FRAME) for chunk in (chunks if damaged is None else chunks[: max(0, len(chunks) - again)])]
         n = sum(count for _, count in pieces)
         if not n:
             raise KeyError("no stored state begins these tokens")
@@ -130,7 +134,10 @@ class StoreCache(BaseLlamaCache):
         for i in range(n // FRAME):
             frame = state.part(piece, FRAME * i, FRAME * (i + 1))
             sinks = piece.exact.where((piece.exact.positions < self._n_sink) & (piece.exact.positions // FRAME == i))
-            parent = self.store.put(self.context, parent, tokens[FRAME * i : FRAME * (i + 1)], state.to_chunk(replace(frame, exact=sinks)))
+            chunk, ids = state.to_chunk(replace(frame, exact=sinks)), tokens[FRAME * i : FRAME * (i + 1)]
+            # what is there already is not coded again
+            same = self.store.find_same(self.context, parent, ids, chunk)
+            parent = same or self.store.put(self.context, parent, ids, chunk, level=self.level)
         rest = tokens[n // FRAME * FRAME :]
         tail = state.to_chunk(replace(state.part(piece, n - len(rest), n), exact=piece.exact))
         name = _PREFIX + address_of(None, self.identity.key, tokens).hex()[:24]

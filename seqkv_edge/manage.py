@@ -146,11 +146,12 @@ def _show(store: Store, args: argparse.Namespace) -> int:
     for segment in found:
         values = [scores.get(id_, 0.0) for id_ in segment.pop("nodes")]
         segment["score"] = min(values, default=0.0)
+    shared = _shared(store, args.name) if args.name is not None else []
     events = [{"time": t, "what": what, "why": why} for t, what, why in store.events()]
     if args.plot:
         plot(found, Path(args.plot))
     if args.json:
-        print(json.dumps({"bytes": store.bytes(), "sessions": sessions, "segments": found, "events": events}, indent=2))
+        print(json.dumps({"bytes": store.bytes(), "sessions": sessions, "segments": found, "shared": shared, "events": events}, indent=2))
         return 0
     from rich.console import Console
     from rich.tree import Tree
@@ -174,11 +175,25 @@ def _show(store: Store, args: argparse.Namespace) -> int:
     if not console.is_terminal:
         console = Console(highlight=False, markup=False, width=200)
     console.print(root)
+    for d in shared:
+        known = "" if d["bits_known_tokens"] == d["tokens"] else f" in the {d['bits_known_tokens']} whose logits were at hand"
+        console.print(f"d_T to {d['name']}: {d['tokens']} tokens in common, {d['bits']:.0f} bits{known}")
     if args.why:
         for event in events:
             if args.name is None or event["what"] == f"session {args.name}" or event["what"].startswith("chunk "):
                 console.print(f"{time.strftime('%Y-%m-%d %H:%M', time.localtime(event['time']))}  {event['what']}: {event['why']}")
     return 0
+
+
+def _shared(store: Store, name: str) -> list[dict[str, Any]]:
+    """The trie metric of a session to the others that begin like it, the closest first."""
+    found = []
+    for info in store.sessions():
+        if info.name != name:
+            bits, n, known = store.distance(name, info.name)
+            if n:
+                found.append({"name": info.name, "tokens": n, "bits": bits, "bits_known_tokens": known})
+    return sorted(found, key=lambda d: (-d["tokens"], d["name"]))
 
 
 def _ends_here(store: Store, name: str, segment: dict[str, Any]) -> bool:
@@ -188,13 +203,7 @@ def _ends_here(store: Store, name: str, segment: dict[str, Any]) -> bool:
 
 def plot(found: list[dict[str, Any]], path: Path) -> None:
     """The trie as a picture: depth to the right, a row per leaf, colour and width by the sessions that share a segment."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise UsageError("--plot needs matplotlib: pip install matplotlib") from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = bench.plotter()
     by_parent: dict[str | None, list[dict[str, Any]]] = {}
     for segment in found:
         by_parent.setdefault(segment["parent"], []).append(segment)

@@ -332,17 +332,17 @@ class Session:
         whole = next((i for i, node in enumerate(path) if node.level is None), len(path))
         if whole < len(path):
             self.say(f"tokens from {FRAME * whole} on have no chunks in the store: they are evaluated again")
-        chunks, damaged = self.store.restore(path[:whole])
+            tail = None
+        # without the exact rows of the end, its last frame is evaluated again, by itself, so that all who do this get the same bytes
+        again = int(self.n_window > 0 and moved_from is None)
+        wanted = path[:whole] if tail is not None else path[: max(0, whole - again)]
+        chunks, damaged = self.store.restore(wanted)
         if damaged:
             self.say(str(damaged))
+            tail, chunks = None, chunks[: max(0, len(chunks) - again)]
         if lossy := [node for node in path[: len(chunks)] if is_lossy(node.level)]:
             self.say(f"{FRAME * len(lossy)} of its tokens were stored with loss: it goes on close to what it was, not bit for bit")
         exact = None
-        if tail is None or len(chunks) < len(path):
-            # without the exact rows of the end: its last frame is evaluated again, by itself, so that all who do this get the same bytes
-            tail = None
-            if self.n_window > 0 and moved_from is None:
-                chunks = chunks[:-1]
         n = FRAME * len(chunks)
         pieces = [(chunk, FRAME) for chunk in chunks]
         if tail is not None:

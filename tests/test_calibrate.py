@@ -8,6 +8,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import harness as h
@@ -20,6 +21,8 @@ pytestmark = pytest.mark.skipif(not h.PATCHED, reason="needs the patched librari
 
 if h.PATCHED:
     from seqkv_edge import calibrate, cli, delta, design, llama, profile
+    from seqkv_edge.capture import Rows
+    from seqkv_edge.design import add
     from seqkv_edge.dropin import KvOptions
     from seqkv_edge.engine import Model, open_model
     from seqkv_edge.errors import ModelError, UsageError
@@ -335,6 +338,21 @@ def test_full_disk(tiny_path: Path, tmp_path: Path, n_text: int, where: str) -> 
     assert errors[0].startswith("error: cannot write " + where.format(target=target, temp=tempfile.gettempdir()))
     assert target.read_bytes() == b"the old one"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["p.gguf", "text.txt"]
+
+
+def test_a_model_without_a_possible_profile_leaves_none(loaded: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keys that hardly vary: said so, with what to do, and no file that every later run would stumble over."""
+
+    def still(stats: object, rows: Rows, *rest: object, **named: object) -> None:
+        add(stats, replace(rows, k=np.float32(1000) + np.float32(1e-3) * rows.k, freq=np.zeros_like(rows.freq)), *rest, **named)
+
+    monkeypatch.setattr(calibrate, "add", still)
+    monkeypatch.setattr(profile, "cache_dir", lambda: tmp_path / "profiles")
+    type_k = llama.type_id("seqkv3")
+    assert loaded.pointer
+    with pytest.raises(ModelError, match="vary too little .* use --no-profile") as error:
+        profile.prepare(loaded.pointer, loaded.path, type_k, type_k, KvOptions())
+    assert "\n" not in str(error.value) and not list(tmp_path.glob("profiles/*"))
 
 
 def test_profile_of_another_model(capsys: pytest.CaptureFixture[str], tiny_path: Path, tmp_path: Path) -> None:

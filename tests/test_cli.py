@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from seqkv_edge import cli, dropin, fit, llama, model, profile
+from seqkv_edge import bench, bench_tiers, cli, dropin, fit, llama, model, profile
 from seqkv_edge.conversation import Conversation
 from seqkv_edge.design import LayerDesign
 from seqkv_edge.engine import Sampling, open_model
@@ -23,6 +23,15 @@ def run(capsys: pytest.CaptureFixture[str], *args: str) -> tuple[int, str, str]:
     status = cli.main(args)
     out, err = capsys.readouterr()
     return status, out, err
+
+
+@pytest.mark.parametrize("args", [("memory",), ("store", "--tiers")])
+def test_a_missing_matplotlib_is_known_before_the_measurement(capsys, monkeypatch, tmp_path, args):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setattr(bench, "memory", lambda _args: pytest.fail("it was measured"))
+    monkeypatch.setattr(bench_tiers, "tiers", lambda _args: pytest.fail("it was measured"))
+    status, out, err = run(capsys, "bench", *args, "--plot", str(tmp_path / "x.png"))
+    assert (status, out) == (2, "") and "pip install matplotlib" in err and err.count("\n") == 1
 
 
 @pytest.mark.parametrize(

@@ -163,6 +163,16 @@ def test_not_finite_is_an_error() -> None:
         design(5, stats)
 
 
+@pytest.mark.parametrize(("mean", "spread", "what"), [(1000.0, 1e-3, "layer 5, head 0"), (1e6, 1.0, "keys of layer 5")])
+def test_keys_beyond_the_range_of_a_cache_are_an_error(mean: float, spread: float, what: str) -> None:
+    """What the library would refuse in the file is not made in the first place."""
+    stats, window = Statistics(), rows(1, 150)
+    still = dataclasses.replace(window, k=np.float32(mean) + np.float32(spread) * window.k, freq=np.zeros_like(window.freq))
+    add(stats, still, None, n_sink=N_SINK, n_window=N_WINDOW)
+    with pytest.raises(ValueError, match=what):
+        design(5, stats)
+
+
 def layer(i: int, k_damage: float, v_damage: float, heads: int = 2) -> LayerDesign:
     mean = np.zeros((heads, 64), np.float32)
     return LayerDesign(i, mean, np.zeros((heads, 64, 64), np.float16), mean, np.ones((heads, 64), np.float32), k_damage, v_damage)

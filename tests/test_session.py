@@ -16,7 +16,7 @@ import harness
 import numpy as np
 import pytest
 
-from seqkv_edge import cli, exchange, llama, manage, model, model_coder, state
+from seqkv_edge import cli, coders, exchange, llama, manage, model, model_coder, state
 from seqkv_edge.conversation import Conversation
 from seqkv_edge.dropin import KvOptions
 from seqkv_edge.engine import Context, Model, Sampling, open_model
@@ -624,14 +624,19 @@ def test_llama_cpp_python_cache(tmp_path):
 
     llm = load()
     llm.set_cache(StoreCache(llm, tmp_path / "s"))
+    level = llm.cache.level
+    assert level.startswith("small-")
     first = complete(llm, long + "Ships")
     n_prompt = len(llm.tokenize((long + "Ships").encode()))
     assert len(asked) >= n_prompt
+    put, coded = llm.cache.store.put, []
+    llm.cache.store.put = lambda *args, **settings: coded.append(args) or put(*args, **settings)
     again = complete(llm, long + "Ships" + first + " and")
-    assert len(asked) < 40
+    assert len(asked) < 40 and len(coded) <= 2  # what is there is not coded again
     llm.close()
     with Store(tmp_path / "s") as store:
         assert store.verify() == [] and len(store.sessions()) == 1  # the longer state holds the shorter
+        assert {node.level for node in store.nodes()} == {level}
 
     # another process would find the same
     llm = load()
@@ -645,6 +650,65 @@ def test_llama_cpp_python_cache(tmp_path):
     llm.close()
     with pytest.raises(KeyError):
         cache[[5, 6, 7]]
+
+
+def test_server_arguments(monkeypatch, capsys):
+    """--kv becomes the numbers that the server takes, the disk cache is on; without the server's own packages one line says what to do."""
+    from seqkv_edge import server
+
+    where, rest = server.arguments(["--model", "x.gguf", "--store", "s", "--kv", "seqkv4:q8_0"])
+    given = dict(zip(rest[::2], rest[1::2]))
+    assert where == "s" and given["--type_k"] == str(llama.type_id("seqkv4")) and given["--type_v"] == str(llama.type_id("q8_0"))
+    assert (given["--cache"], given["--cache_type"], given["--flash_attn"], given["--model"]) == ("true", "disk", "true", "x.gguf")
+    monkeypatch.setitem(sys.modules, "llama_cpp.server.__main__", None)
+    monkeypatch.setattr(sys, "argv", ["server"])
+    with pytest.raises(SystemExit) as error:
+        server.main()
+    said = capsys.readouterr().err
+    assert error.value.code == 2 and "pip install 'llama-cpp-python[server]'" in said and said.count("\n") == 1
+
+
+@pytest.mark.model
+def test_llama_cpp_python_server(tmp_path):
+    """The server as it is: what it answered is in the store, and another process starts from it."""
+    pytest.importorskip("fastapi")
+    pytest.importorskip("uvicorn")
+    import socket
+    import urllib.error
+    import urllib.request
+
+    prompt = "The sea is large. " * 60
+
+    def ask(text: str) -> str:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        command = [sys.executable, "-m", "seqkv_edge.server", "--model", str(model.default_model()), "--store", str(tmp_path / "s"),
+                   "--port", str(port), "--n_ctx", "1024", "--n_threads", "1", "--verbose", "false"]  # fmt: skip
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        body = json.dumps({"prompt": text, "max_tokens": 4, "temperature": 0}).encode()
+        request = urllib.request.Request(f"http://127.0.0.1:{port}/v1/completions", body, {"Content-Type": "application/json"})
+        try:
+            for _ in range(600):
+                assert process.poll() is None, process.stderr and process.stderr.read()
+                try:
+                    with urllib.request.urlopen(request, timeout=300) as reply:
+                        return json.load(reply)["choices"][0]["text"]
+                except (urllib.error.URLError, ConnectionError):
+                    time.sleep(0.1)
+            pytest.fail("the server does not answer")
+        finally:
+            process.terminate()
+            process.communicate(timeout=60)
+
+    first = ask(prompt + "Ships")
+    with Store(tmp_path / "s") as store:
+        frames = store.nodes()
+        assert len(frames) > 3 and {node.level for node in frames} == {frames[0].level} != {"raw"}
+        assert all(node.hits == 0 for node in frames)
+    assert ask(prompt + "Ships") == first
+    with Store(tmp_path / "s") as store:
+        assert store.nodes()[0].hits == 1 and store.verify() == []
 
 
 # --- frames that are coded from the frames before them ---
@@ -751,6 +815,20 @@ def test_branches_of_coded_frames(default_model, store):
     for name in ends:
         chunks, damaged = store.restore(paths[name])
         assert damaged is None and [c.blocks for c in chunks] == rows[name]
+
+
+@pytest.mark.model
+def test_a_shared_prefix_is_decoded_once(default_model, store, monkeypatch):
+    """Neither the frame that is evaluated again, nor the path once more to code what follows it."""
+    tokens, decoded = words(default_model, 400), []
+    run = coders.Delta.decode_run
+    monkeypatch.setattr(coders.Delta, "decode_run", lambda self, frames, threads=2: decoded.extend(frames) or run(self, frames, threads))
+    for name in ("a", "b", "c"):
+        decoded.clear()
+        with coded(default_model) as context, Session(store, name, context) as session:
+            session.save(end=False)
+            context.evaluate(tokens[session.find_prefix(tokens, 0) :])
+        assert [frame[0] for frame in decoded] == [tuple(tokens[FRAME * i : FRAME * (i + 1)]) for i in range(0 if name == "a" else 5)]
 
 
 @pytest.mark.model

@@ -706,7 +706,10 @@ def test_commands(store, tmp_path, capsys):
     status, out, _ = run("show", "--json")
     found = json.loads(out)["segments"]
     assert [(s["from"], s["tokens"], sorted(s["sessions"])) for s in found] == [(0, 128, ["a", "b"]), (128, 64, ["a"]), (128, 64, ["b"])]
-    assert run("show", "--why")[0] == 0 and run("show", "a")[0] == 0
+    assert run("show", "--why")[0] == 0
+    status, out, _ = run("show", "a")
+    assert status == 0 and "d_T to b: 128 tokens in common, 0 bits in the 0 whose logits" in out
+    assert json.loads(run("show", "a", "--json")[1])["shared"] == [{"name": "b", "tokens": 128, "bits": 0.0, "bits_known_tokens": 0}]
     assert run("export", "a", str(tmp_path / "f"))[0] == 0 and run("import", str(tmp_path / "f"), "--name", "c")[0] == 0
     assert run("fork", "a", "d")[0] == 0 and run("gc")[0] == 0 and run("rm", "c", "d")[0] == 0
     assert [i.name for i in store.sessions()] and len(store.nodes()) == 4

@@ -71,7 +71,7 @@ def cuda_quality() -> str:
     return table(["KV cache", "KLD mean, GPU", "CPU"], body)
 
 
-def store() -> str:
+def store(name: str) -> str:
     def cell(value: float | None, form: str) -> str:
         return "" if value is None else format(value, form)
 
@@ -80,9 +80,9 @@ def store() -> str:
             r["kv"] if r["kv"] != "-" else "", r["tier"], f"{r['bytes_per_token']:,.{0 if r['bytes_per_token'] > 100 else 2}f}", f"{r['ratio_to_f16']:,.1f}",
             cell(r["tokens_bits"], ".2f"), cell(r["save_tps"], ",.0f"), cell(r["restore_tps"], ",.0f"), cell(r["prefill_tps"], ",.0f"),
             {None: "", True: "yes", False: "no"}[r["same_logits"]], "" if r["end_bytes"] is None else f"{r['end_bytes'] / 2**20:.1f} MiB",
-            cell(r["dedup_overhead"], ".3f"), "" if r["first_token_speedup"] is None else f"{r['first_token_speedup']:.0f} x",
+            cell(r["dedup_overhead"], ".3f"), "" if r["first_token_speedup"] is None else f"{r['first_token_speedup']:.1f} x",
         ]
-        for r in json.loads((ROOT / "docs/store.json").read_text())
+        for r in json.loads((ROOT / "docs" / name).read_text())
     ]  # fmt: skip
     return table(["KV cache", "tier", "bytes/token", "f16 /", "bits/token", "save, tokens/s", "restore", "prefill", "same logits", "and once a session", "shared", "first token"], body)
 
@@ -153,7 +153,12 @@ def retrieval() -> str:
 
 
 TABLES = {
-    "quality": quality, "quality_f32": lambda: quality("quality-f32.json"), "speed": speed, "speed_1b": lambda: speed("speed-1b.json"), "speed_1b_4096": lambda: speed("speed-1b-4096.json"), "speed_8b": lambda: speed("speed-8b.json"), "cuda": lambda: speed("cuda.json"), "cuda_deep": lambda: speed("cuda-deep.json"), "cuda_2048": lambda: speed("cuda-2048.json"), "cuda_shapes": cuda_shapes, "cuda_quality": cuda_quality, "store": store, "tiers": tiers, "ratios": ratios, "memory": memory, "drift": drift, "texts": texts, "outliers": outliers, "greedy": greedy, "retrieval": retrieval,
+    "quality": quality, "quality_f32": lambda: quality("quality-f32.json"), "speed": speed, "speed_1b": lambda: speed("speed-1b.json"),
+    "speed_1b_4096": lambda: speed("speed-1b-4096.json"), "speed_8b": lambda: speed("speed-8b.json"), "cuda": lambda: speed("cuda.json"),
+    "cuda_deep": lambda: speed("cuda-deep.json"), "cuda_2048": lambda: speed("cuda-2048.json"), "cuda_shapes": cuda_shapes,
+    "cuda_quality": cuda_quality, "store": store, "tiers": tiers, "ratios": ratios, "memory": memory, "drift": drift, "texts": texts,
+    "outliers": outliers, "greedy": greedy, "retrieval": retrieval, "store_8b": lambda: store("store-8b.json"),
+    "store_100": lambda: store("store-100.json"),
 }  # fmt: skip
 
 
