@@ -50,6 +50,19 @@ def truth(models: Models, name: str, tokens: list[int]) -> np.ndarray:
         return c.decode(tokens)
 
 
+def assert_codes_cost_the_same(models: Models, cpu: Models, name: str, kv: str) -> None:
+    """Prefill of 200 tokens and decode of 130: the mean KLD to exact logits is the CPU's, within a fourth."""
+    tokens = text(330)
+    want = truth(cpu, name, tokens)
+    cost = []
+    for side in (models, cpu):
+        with Context(side(name), Setup(kv=kv)) as c:
+            got = np.concatenate([c.decode(tokens[:200]), c.decode(tokens[200:], step=1)])
+        cost.append(kld(want, got)[90:].mean())
+    assert cost[1] > 1e-5
+    assert 0.8 <= cost[0] / cost[1] <= 1.25
+
+
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("step", [1, 3, 8, 9, 64, None])
 def test_window_of_whole_context_is_f16(gpu: Models, cpu: Models, name: str, step: int | None) -> None:
@@ -85,15 +98,7 @@ def test_tokens_of_one_batch_read_each_other_as_blocks(gpu: Models, cpu: Models,
 @pytest.mark.parametrize("kv", SEQKV)
 def test_codes_cost_what_they_cost_on_the_cpu(gpu: Models, cpu: Models, name: str, kv: str) -> None:
     """Blocks that are written in prefill and in decode are read back as the CPU's are."""
-    tokens = text(330)
-    want = truth(cpu, name, tokens)
-    cost = []
-    for models in (gpu, cpu):
-        with Context(models(name), Setup(kv=kv)) as c:
-            got = np.concatenate([c.decode(tokens[:200]), c.decode(tokens[200:], step=1)])
-        cost.append(kld(want, got)[90:].mean())
-    assert cost[1] > 1e-5
-    assert 0.8 <= cost[0] / cost[1] <= 1.25
+    assert_codes_cost_the_same(gpu, cpu, name, kv)
 
 
 def on_gpu(name: str, backend: str) -> bool:
@@ -131,18 +136,11 @@ def test_attention_stays_on_the_gpu(gpu: Models, backend: str) -> None:
 
 def test_some_layers_on_the_gpu(gpu: Models, cpu: Models, backend: str, tmp_path: Path) -> None:
     """With a part of the layers offloaded the others are the CPU's, and the codes cost the same."""
-    tokens = text(330)
-    want, some = truth(cpu, "llama-3l", tokens), Models(tmp_path, 2)  # the output counts as a layer
+    some = Models(tmp_path, 2)  # the output counts as a layer
     try:
         for op, names in buffers_of_ops(some("llama-3l")).items():
             assert {on_gpu(name, backend) for name in names} == {True, False}, (op, names)
-        cost = []
-        for models in (some, cpu):
-            with Context(models("llama-3l"), Setup(kv="seqkv3")) as c:
-                got = np.concatenate([c.decode(tokens[:200]), c.decode(tokens[200:], step=1)])
-            cost.append(kld(want, got)[90:].mean())
-        assert cost[1] > 1e-5
-        assert 0.8 <= cost[0] / cost[1] <= 1.25
+        assert_codes_cost_the_same(some, cpu, "llama-3l", "seqkv3")
     finally:
         some.close()
 
@@ -153,14 +151,7 @@ def test_layers_on_several_gpus(gpu: Models, cpu: Models, backend: str) -> None:
         pytest.skip("one GPU")
     for op, names in buffers_of_ops(gpu("llama-3l")).items():
         assert len(names) > 1 and all(on_gpu(name, backend) for name in names), (op, names)
-    tokens = text(330)
-    want, cost = truth(cpu, "llama-3l", tokens), []
-    for models in (gpu, cpu):
-        with Context(models("llama-3l"), Setup(kv="seqkv3")) as c:
-            got = np.concatenate([c.decode(tokens[:200]), c.decode(tokens[200:], step=1)])
-        cost.append(kld(want, got)[90:].mean())
-    assert cost[1] > 1e-5
-    assert 0.8 <= cost[0] / cost[1] <= 1.25
+    assert_codes_cost_the_same(gpu, cpu, "llama-3l", "seqkv3")
 
 
 @pytest.mark.parametrize("n_window", [64, 512])
