@@ -12,10 +12,10 @@ void ggml_cuda_seqkv_attn (ggml_backend_cuda_context & ctx, ggml_tensor * dst, g
 // Runs node i with those after it that go in the same launches. Returns how many of these are done, 0: nothing was run.
 int ggml_cuda_seqkv_fuse(ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, int i);
 
-// What is launched beside the main stream is done when this returns, as far as later launches there see. At the end of every graph.
-void ggml_cuda_seqkv_join(ggml_backend_cuda_context & ctx);
+// Launches what ggml_cuda_seqkv_fuse left for later. At the end of every graph.
+void ggml_cuda_seqkv_finish(ggml_backend_cuda_context & ctx);
 
-// Keeps alive what is read beside the main stream.
+// Keeps alive what is read later.
 void ggml_cuda_seqkv_optimize(const ggml_cgraph * graph, ggml_backend_graph_optimize_params * params);
 
 // FRAME, STORE, ATTN: exactly what the functions above can do. Sources may be missing: then only what is there is asked about.

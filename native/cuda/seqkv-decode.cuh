@@ -167,48 +167,43 @@ static __device__ void exact_part(const seqkv_view & a, const seqkv_parts & part
 
 // Rows of cells on their way to shared memory. They keep their place in 16 bytes of global memory, or in 4 if rows are not aligned.
 template <int PITCH> struct row_loader {
-    static constexpr int LANES = PITCH/16, ROWS = WARP_SIZE/LANES; // lanes that copy a row, 16 bytes each; rows at a time
     const char * cells; // row 0 of the head
     int          nb1, size, skew;
-    int          n16;   // 16-byte pieces of a row, 0: rows are copied by words
+    uint32_t     lane;  // row | piece << 8 | rows at a time << 16: what this lane copies of rows that are pieces of 16 bytes; 0: rows are copied by words
 
     __device__ __forceinline__ row_loader(const char * cells, int64_t nb1, int64_t nb2, int size) : cells(cells), nb1((int) nb1), size(size) {
         skew = (int) (uintptr_t) cells & 15;
-        n16  = ((nb1 | nb2) & 15) == 0 ? (skew + size + 15)/16 : 0;
+        lane = 0;
+        if (((nb1 | nb2) & 15) == 0) {
+            const int pieces = (skew + size + 15)/16, at_a_time = WARP_SIZE/pieces, i = threadIdx.x%WARP_SIZE;
+            lane = (i/pieces < at_a_time ? i/pieces : 255) | i%pieces << 8 | at_a_time << 16;
+        }
     }
     // byte of row j's cell in its raw row
-    __device__ __forceinline__ int begin(int j) const { return n16 ? skew : ((int) (uintptr_t) cells + j*nb1) & 3; }
+    __device__ __forceinline__ int begin(int j) const { return lane ? skew : ((int) (uintptr_t) cells + j*nb1) & 3; }
 
     // rows [j0, j0 + N) below end
-    template <int N> __device__ __forceinline__ void load(char * raw, int j0, int end, int lane) const {
+    template <int N> __device__ __forceinline__ void load(char * raw, int j0, int end) const {
         const char * base = cells + (int64_t) j0*nb1;
-        if (n16 > 0 && n16 <= 4 && j0 + N <= end) {
-            if (lane%4 < n16) {
-                const char * src = base + (lane/4*nb1 + lane%4*16 - skew);
-                char       * dst = raw + lane/4*PITCH + lane%4*16;
-#pragma unroll
-                for (int r = 0; r < N; r += 8) {
-                    copy_async16(dst + r*PITCH, src + r*nb1);
-                }
-            }
-        } else if (n16) {
-            const int    row = lane/LANES, piece = lane%LANES;
-            const int    n   = piece < n16 && row < ROWS ? min(N, end - j0) - row : 0;
-            const char * src = base + (row*nb1 + piece*16 - skew);
-            char       * dst = raw + row*PITCH + piece*16;
-#pragma unroll
-            for (int r = 0; r < N; r += ROWS) {
-                if (r < n) {
-                    copy_async16(dst + r*PITCH, src + r*nb1);
-                }
+        const int    n    = min(N, end - j0);
+        if (lane) {
+            const int row = lane & 255, piece = 16*(lane >> 8 & 255), at_a_time = lane >> 16;
+            const char * src = base + (row*nb1 + piece - skew);
+            char       * dst = raw + row*PITCH + piece;
+#pragma unroll 2
+            for (int r = row; r < n; r += at_a_time) {
+                copy_async16(dst, src);
+                dst += at_a_time*PITCH;
+                src += at_a_time*nb1;
             }
         } else {
+            const int i = threadIdx.x%WARP_SIZE;
 #pragma unroll 1
-            for (int r = lane/16; r < N && j0 + r < end; r += 2) {
+            for (int r = i/16; r < n; r += 2) {
                 const char * src = base + r*nb1;
                 const int    at  = (int) (uintptr_t) src & 3;
 #pragma unroll 1
-                for (int w = 4*(lane%16); w - at < size; w += 64) {
+                for (int w = 4*(i%16); w - at < size; w += 64) {
                     copy_async4(raw + r*PITCH + w, src - at + w);
                 }
             }

@@ -212,10 +212,10 @@ static __global__ void __launch_bounds__(WARPS*WARP_SIZE, D == 256 ? 2 : 4) expa
     const row_loader<PITCH> rows_k(a.cell_k(s, 0, h), a.k_nb1, a.k_nb2, a.size_k);
     const row_loader<PITCH> rows_v(a.cell_v(s, 0, h), a.v_nb1, a.v_nb2, a.size_v);
     if (cells && a.bits_k) {
-        rows_k.template load<WARP_ROWS>(raw, first, a.p.n_kv, lane);
+        rows_k.template load<WARP_ROWS>(raw, first, a.p.n_kv);
     }
     if (cells && a.bits_v) {
-        rows_v.template load<WARP_ROWS>(raw + WARP_ROWS*PITCH, first, a.p.n_kv, lane);
+        rows_v.template load<WARP_ROWS>(raw + WARP_ROWS*PITCH, first, a.p.n_kv);
     }
 
     // keys

@@ -206,8 +206,8 @@ static __global__ void __launch_bounds__(THREADS, NT == 4 ? 2 : 3) short_kernel(
     for (int n = 0; n < NT; ++n) {
         q[n].load(a, s, h, min(q0 + 4*n + warp, nq - 1), lane);
     }
-    rows_k.template load<KEYS>(sm.raw_k, blockIdx.x*TILE + KEYS*warp, a.p.n_kv, lane);
-    rows_v.template load<KEYS>(sm.raw_v, blockIdx.x*TILE + KEYS*warp, a.p.n_kv, lane);
+    rows_k.template load<KEYS>(sm.raw_k, blockIdx.x*TILE + KEYS*warp, a.p.n_kv);
+    rows_v.template load<KEYS>(sm.raw_v, blockIdx.x*TILE + KEYS*warp, a.p.n_kv);
     uint32_t preds[D/16][2][2]; // B fragments of 16 offsets' predictions
     if (dense) {
         const half * dec = a.tables.dec(h);
@@ -384,8 +384,8 @@ static __global__ void __launch_bounds__(THREADS, NT == 4 ? 2 : 3) short_kernel(
         }
         __syncwarp();
         if (tile + parts.n_z < n_tiles) {
-            rows_k.template load<KEYS>(sm.raw_k, row0 + parts.n_z*TILE, a.p.n_kv, lane);
-            rows_v.template load<KEYS>(sm.raw_v, row0 + parts.n_z*TILE, a.p.n_kv, lane);
+            rows_k.template load<KEYS>(sm.raw_k, row0 + parts.n_z*TILE, a.p.n_kv);
+            rows_v.template load<KEYS>(sm.raw_v, row0 + parts.n_z*TILE, a.p.n_kv);
         }
 
         // softmax

@@ -7,6 +7,9 @@
 
 #include "../../ggml-cuda/cpy-utils.cuh"
 
+#include <algorithm>
+#include <vector>
+
 static constexpr int STORE_WARPS = 8;
 
 //
@@ -379,16 +382,23 @@ static __device__ void store_head(const store_part & a, int h, int32_t offset, f
     }
 }
 
+// STOREs of one launch, of any layers: their arguments are at most 4 KB
+struct store_batch {
+    static constexpr int MAX = 48;
+    store_part   part[MAX];
+    const half * rows[MAX];
+};
+
 // blockIdx: (token, KV head, part)
 template <int D>
-static __global__ void __launch_bounds__(STORE_WARPS*WARP_SIZE) seqkv_store_kernel(store_part part0, store_part part1, const half * cur, seqkv_meta meta, ggml_seqkv_params p) {
+static __global__ void __launch_bounds__(STORE_WARPS*WARP_SIZE) seqkv_store_kernel(const __grid_constant__ store_batch batch, seqkv_meta meta, ggml_seqkv_params p) {
     __shared__ float x[D], z[D];
     __shared__ encode_scratch scratch[STORE_WARPS];
     __shared__ encode_tables  tables;
 
     const int t = blockIdx.x;
     const int h = blockIdx.y;
-    const store_part & part = blockIdx.z == 0 ? part0 : part1;
+    const store_part & part = batch.part[blockIdx.z];
     const int64_t cell = part.idxs[t];
     if (cell < 0) {
         return;
@@ -400,7 +410,7 @@ static __global__ void __launch_bounds__(STORE_WARPS*WARP_SIZE) seqkv_store_kern
     if (part.bits) {
         tables.load(part.bits, part.graded);
     }
-    const half * row = cur + (int64_t) t*p.n_head_kv*(p.dk + p.dv) + (part.is_key ? 0 : p.n_head_kv*p.dk) + h*D;
+    const half * row = batch.rows[blockIdx.z] + (int64_t) t*p.n_head_kv*(p.dk + p.dv) + (part.is_key ? 0 : p.n_head_kv*p.dk) + h*D;
     for (int i = threadIdx.x; i < D; i += blockDim.x) {
         x[i] = __half2float(row[i]);
     }
@@ -773,25 +783,29 @@ static __global__ void seqkv_store_row_kernel(char * dst, const half * cur, cons
     }
 }
 
-// the STOREs part0 and, of two, part1 of the same frame rows
-static void store_parts(const ggml_tensor * part0, const ggml_tensor * part1, int n, cudaStream_t stream) {
-    const ggml_seqkv_params p = seqkv_params(part0);
-    const ggml_tensor * cur = part0->src[0];
-    const auto launch = [&](auto kernel, auto tile_kernel, int tile) {
-        const int n_tokens = (int) cur->ne[1];
-        const seqkv_meta meta = seqkv_meta_of(part0->src[3], p);
-        if (n_tokens <= SEQKV_MAX_DECODE) {
-            kernel<<<dim3(n_tokens, p.n_head_kv, n), STORE_WARPS*WARP_SIZE, 0, stream>>>(
-                store_part_of(part0), store_part_of(part1), (const half *) cur->data, meta, p);
-        } else {
-            tile_kernel<<<dim3((n_tokens + tile - 1)/tile, p.n_head_kv, n), TILE_THREADS, 0, stream>>>(
-                store_part_of(part0), store_part_of(part1), nullptr, nullptr, (half *) cur->data, meta, seqkv_rot(), p, 0, 0, 0, 0, n_tokens);
+static int head_of(const ggml_tensor * part) {
+    const ggml_seqkv_params p = seqkv_params(part);
+    return p.part == GGML_SEQKV_KEY ? p.dk : p.dv;
+}
+
+// n STOREs of up to SEQKV_MAX_DECODE tokens, with the same meta and dims
+template <int D> static void store_few(const ggml_tensor * const * parts, int n, cudaStream_t stream) {
+    const ggml_seqkv_params p = seqkv_params(parts[0]);
+    for (int first = 0; first < n; first += store_batch::MAX) {
+        const int count = std::min(n - first, store_batch::MAX);
+        store_batch batch;
+        for (int i = 0; i < count; ++i) {
+            batch.part[i] = store_part_of(parts[first + i]);
+            batch.rows[i] = (const half *) parts[first + i]->src[0]->data;
         }
-    };
-    switch (p.part == GGML_SEQKV_KEY ? p.dk : p.dv) {
-        case 64:  launch(seqkv_store_kernel< 64>, seqkv_write_tile_kernel< 64, false>, store_tile< 64>::TOKENS); break;
-        case 128: launch(seqkv_store_kernel<128>, seqkv_write_tile_kernel<128, false>, store_tile<128>::TOKENS); break;
-        default:  launch(seqkv_store_kernel<256>, seqkv_write_tile_kernel<256, false>, store_tile<256>::TOKENS); break;
+        seqkv_store_kernel<D><<<dim3((int) parts[0]->src[0]->ne[1], p.n_head_kv, count), STORE_WARPS*WARP_SIZE, 0, stream>>>(batch, seqkv_meta_of(parts[0]->src[3], p), p);
+    }
+}
+static void store_few(const ggml_tensor * const * parts, int n, cudaStream_t stream) {
+    switch (head_of(parts[0])) {
+        case 64:  store_few< 64>(parts, n, stream); break;
+        case 128: store_few<128>(parts, n, stream); break;
+        default:  store_few<256>(parts, n, stream); break;
     }
 }
 
@@ -806,7 +820,20 @@ void ggml_cuda_seqkv_store(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
             (const int64_t *) dst->src[1]->data, (int) cur->ne[0], dst->nb[1]);
         return;
     }
-    store_parts(dst, dst, 1, ctx.stream());
+    if (cur->ne[1] <= SEQKV_MAX_DECODE) {
+        store_few(&dst, 1, ctx.stream());
+        return;
+    }
+    const auto launch = [&](auto kernel, int tile) {
+        const int n_tokens = (int) cur->ne[1];
+        kernel<<<dim3((n_tokens + tile - 1)/tile, p.n_head_kv, 1), TILE_THREADS, 0, ctx.stream()>>>(
+            store_part_of(dst), store_part_of(dst), nullptr, nullptr, (half *) cur->data, seqkv_meta_of(dst->src[3], p), seqkv_rot(), p, 0, 0, 0, 0, n_tokens);
+    };
+    switch (head_of(dst)) {
+        case 64:  launch(seqkv_write_tile_kernel< 64, false>, store_tile< 64>::TOKENS); break;
+        case 128: launch(seqkv_write_tile_kernel<128, false>, store_tile<128>::TOKENS); break;
+        default:  launch(seqkv_write_tile_kernel<256, false>, store_tile<256>::TOKENS); break;
+    }
 }
 
 static bool is_view(const ggml_tensor * t) {
@@ -836,53 +863,48 @@ static int match_write(const ggml_cgraph * graph, int i, const ggml_tensor * (&p
     return 0;
 }
 
-// Decode writes blocks on a stream of its own, beside everything up to the next layer's FRAME, where its attention does not read them.
-struct seqkv_side {
-    cudaEvent_t fork = nullptr, join = nullptr;
-    bool        pending = false;
+// Decode writes the blocks of all layers at the end of the graph, where its attention does not read them.
+struct seqkv_late {
+    std::vector<const ggml_tensor *> parts;
 
-    seqkv_side() {
-        CUDA_CHECK(cudaEventCreateWithFlags(&fork, cudaEventDisableTiming));
-        CUDA_CHECK(cudaEventCreateWithFlags(&join, cudaEventDisableTiming));
-    }
-    ~seqkv_side() {
-        cudaEventDestroy(fork);
-        cudaEventDestroy(join);
-    }
-    static seqkv_side & of(ggml_backend_cuda_context & ctx) {
+    static seqkv_late & of(ggml_backend_cuda_context & ctx) {
         if (!ctx.seqkv) {
-            ctx.seqkv = std::make_shared<seqkv_side>();
+            ctx.seqkv = std::make_shared<seqkv_late>();
         }
-        return *(seqkv_side *) ctx.seqkv.get();
+        return *(seqkv_late *) ctx.seqkv.get();
     }
 };
-static constexpr int SIDE_STREAM = GGML_CUDA_MAX_STREAMS - 1;
 
-void ggml_cuda_seqkv_join(ggml_backend_cuda_context & ctx) {
-    if (ctx.seqkv && seqkv_side::of(ctx).pending) {
-        CUDA_CHECK(cudaStreamWaitEvent(ctx.stream(), seqkv_side::of(ctx).join));
-        seqkv_side::of(ctx).pending = false;
+static bool is_late(const ggml_tensor * frame) { return frame->ne[1] <= SEQKV_MAX_DECODE && seqkv_params(frame).stored_before; }
+
+void ggml_cuda_seqkv_finish(ggml_backend_cuda_context & ctx) {
+    if (!ctx.seqkv) {
+        return;
+    }
+    auto & parts = seqkv_late::of(ctx).parts;
+    const auto same_launch = [](const ggml_tensor * a, const ggml_tensor * b) {
+        const ggml_seqkv_params p = seqkv_params(a), q = seqkv_params(b);
+        return a->src[3] == b->src[3] && a->src[0]->ne[1] == b->src[0]->ne[1] && p.n_head_kv == q.n_head_kv && p.dk == q.dk && p.dv == q.dv && p.n_kv == q.n_kv && p.n_win == q.n_win;
+    };
+    while (!parts.empty()) {
+        const ggml_tensor * first = parts[0];
+        const auto rest = std::stable_partition(parts.begin(), parts.end(), [&](const ggml_tensor * part) { return same_launch(first, part); });
+        store_few(parts.data(), (int) (rest - parts.begin()), ctx.stream());
+        parts.erase(parts.begin(), rest);
     }
 }
 
-static bool on_side(const ggml_tensor * frame) { return frame->ne[1] <= SEQKV_MAX_DECODE && seqkv_params(frame).stored_before; }
-
 void ggml_cuda_seqkv_optimize(const ggml_cgraph * graph, ggml_backend_graph_optimize_params * params) {
-    ggml_tensor * last = nullptr;
-    for (int i = graph->n_nodes - 1; i >= 0; --i) {
+    for (int i = 0; i < graph->n_nodes; ++i) {
         const ggml_tensor * parts[2];
-        if (graph->nodes[i]->op == GGML_OP_SEQKV_FRAME) {
-            if (on_side(graph->nodes[i]) && match_write(graph, i, parts)) { // its rows are read until the next one, or the end
-                params->add_alloc_dep(params->user_data, graph->nodes[i], last ? last : graph->nodes[graph->n_nodes - 1]);
-            }
-            last = graph->nodes[i];
+        if (graph->nodes[i]->op == GGML_OP_SEQKV_FRAME && is_late(graph->nodes[i]) && match_write(graph, i, parts)) {
+            params->add_alloc_dep(params->user_data, graph->nodes[i], graph->nodes[graph->n_nodes - 1]);
         }
     }
 }
 
-// these in one launch, or in two, the second one on the side
+// these in one launch, or FRAME alone, the others later
 static int fuse_write(ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, int i) {
-    ggml_cuda_seqkv_join(ctx);
     ggml_tensor * frame = graph->nodes[i];
     const ggml_tensor * parts[2] = { nullptr, nullptr };
     const int last = match_write(graph, i, parts);
@@ -890,15 +912,10 @@ static int fuse_write(ggml_backend_cuda_context & ctx, const ggml_cgraph * graph
     if (last == 0) {
         return 0;
     }
-    if (on_side(frame) && ctx.stream_context().concurrent_events.empty()) {
+    if (is_late(frame)) {
         ggml_cuda_seqkv_frame(ctx, frame);
-        seqkv_side & side = seqkv_side::of(ctx);
-        cudaStream_t stream = ctx.stream(ctx.device, SIDE_STREAM);
-        CUDA_CHECK(cudaEventRecord(side.fork, ctx.stream()));
-        CUDA_CHECK(cudaStreamWaitEvent(stream, side.fork));
-        store_parts(parts[0], parts[1], 2, stream);
-        CUDA_CHECK(cudaEventRecord(side.join, stream));
-        side.pending = true;
+        auto & late = seqkv_late::of(ctx).parts;
+        late.insert(late.end(), parts, parts + 2);
         return last - i;
     }
     const ggml_tensor * k = frame->src[0];

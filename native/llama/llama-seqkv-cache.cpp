@@ -203,6 +203,7 @@ llama_seqkv::llama_seqkv(llama_kv_cache & kv, ggml_type type_k, ggml_type type_v
 
     const uint32_t kv_size = kv.get_size();
     streams.resize(kv.n_stream);
+    written.resize(kv.n_stream);
     for (auto & st : streams) {
         st.cell.assign(n_slots, -1);
         st.slot.assign(kv_size, -1);
@@ -333,6 +334,7 @@ void llama_seqkv::upload_profile() {
 }
 
 void llama_seqkv::clear() {
+    cells_changed();
     for (auto & st : streams) {
         std::fill(st.cell.begin(), st.cell.end(), -1);
         std::fill(st.slot.begin(), st.slot.end(), -1);
@@ -340,6 +342,7 @@ void llama_seqkv::clear() {
 }
 
 void llama_seqkv::stream_copy(uint32_t ssrc, uint32_t sdst) {
+    cells_changed();
     streams[sdst] = streams[ssrc];
 }
 
@@ -360,6 +363,8 @@ void llama_seqkv::cells_written(uint32_t strm, const std::vector<uint32_t> & idx
         ext.x = cells.pos_get(c) % SEQKV_FRAME;
         cells.ext_set(c, ext);
     }
+    written[strm].insert(written[strm].end(), idxs.begin(), idxs.end());
+    changed = changed || written[strm].size() > cells.size();
 }
 
 bool llama_seqkv::wanted(const llama_kv_cells & cells, uint32_t cell, llama_seq_id seq_id) const {
@@ -390,14 +395,30 @@ void llama_seqkv::begin_ubatch(const llama_kv_cache_context & mctx) {
 
     GGML_ASSERT(ubatch.n_tokens == n_stream*n_tokens && sinfo.s1 - sinfo.s0 + 1 == n_stream);
 
+    // a context of many tokens is not looked through for each new one
+    ub.id++;
+    ub.anew = changed || kv.other || ub.n_kv != n_kv || ub.n_tokens != n_tokens || ub.strm != sinfo.strm || ub.origins.size() > n_kv/SEQKV_FRAME + 32;
+    ub.written.assign(n_stream, {});
+    for (uint32_t i = 0; i < n_stream && !ub.anew; ++i) {
+        std::copy_if(written[sinfo.strm[i]].begin(), written[sinfo.strm[i]].end(), std::back_inserter(ub.written[i]), [&](uint32_t c) { return c < n_kv; });
+    }
+    changed = false;
+    for (auto & w : written) {
+        w.clear();
+    }
+
+    ub.strm     = sinfo.strm;
     ub.n_kv     = n_kv;
     ub.n_stream = n_stream;
     ub.n_tokens = n_tokens;
     ub.slot_cell.assign(n_stream, std::vector<int32_t>(n_slots, -1));
     ub.cur_cell .assign(n_stream, std::vector<int32_t>(n_tokens));
-    ub.meta     .assign((size_t) n_stream*n_virt, -1);
     ub.win_idxs .assign((size_t) n_stream*n_tokens, -1);
-    ub.origins  .clear();
+    if (ub.anew) {
+        ub.meta   .assign((size_t) n_stream*n_virt, -1);
+        ub.origins.clear();
+        ub.row_of .clear();
+    }
 
     // exact rows of the ubatch stand for its blocks if no sequence's positions in it are a window apart
     std::unordered_map<llama_seq_id, std::pair<llama_pos, llama_pos>> span;
@@ -412,13 +433,12 @@ void llama_seqkv::begin_ubatch(const llama_kv_cache_context & mctx) {
         }
     }
 
-    std::unordered_map<int32_t, int32_t> row_of;
     int32_t last_origin = 0, last_row = -1;
     const auto meta_of = [&](const llama_kv_cells & cells, uint32_t c) {
         const int32_t offset = cells.ext_get(c).x;
         const int32_t origin = cells.pos_get(c) - offset;
         if (last_row < 0 || origin != last_origin) {
-            const auto [it, fresh] = row_of.try_emplace(origin, SEQKV_FRAME + (int32_t) ub.origins.size());
+            const auto [it, fresh] = ub.row_of.try_emplace(origin, SEQKV_FRAME + (int32_t) ub.origins.size());
             if (fresh) {
                 ub.origins.push_back(origin);
             }
@@ -435,10 +455,17 @@ void llama_seqkv::begin_ubatch(const llama_kv_cache_context & mctx) {
         auto & st = streams[strm];
         int32_t * meta = ub.meta.data() + (size_t) i*n_virt;
 
-        for (uint32_t c = 0; c < n_kv; ++c) {
-            if (!cells.is_empty(c)) {
-                meta[c] = meta_of(cells, c);
+        if (ub.anew) {
+            for (uint32_t c = 0; c < n_kv; ++c) {
+                if (!cells.is_empty(c)) {
+                    meta[c] = meta_of(cells, c);
+                }
             }
+        } else {
+            for (const uint32_t c : ub.written[i]) {
+                meta[c] = cells.is_empty(c) ? -1 : meta_of(cells, c);
+            }
+            std::fill(meta + n_kv, meta + n_virt, -1);
         }
 
         // exact rows that this ubatch can read, then the ones that are kept after it
@@ -589,6 +616,7 @@ void llama_seqkv::state_write(llama_io_write_i & io, uint32_t strm, const std::v
 void llama_seqkv::state_read(llama_io_read_i & io, uint32_t strm, const std::vector<uint32_t> & cells, llama_seq_id seq_id) {
     const auto & kv_cells = kv.v_cells[strm];
     auto & st = streams[strm];
+    cells_changed();
 
     for (const uint32_t c : cells) {
         if (kv_cells.ext_get(c).x < 0 || kv_cells.ext_get(c).x >= SEQKV_FRAME) {
@@ -840,10 +868,12 @@ void llm_graph_input_seqkv::set_input(const llama_ubatch * ubatch) {
         bool operator<(const place & o) const { return pos != o.pos ? pos < o.pos : column > o.column; } // that of this ubatch first
     };
     struct sequence {
-        llama_pos first;               // of its tokens in the ubatch
-        std::vector<ggml_fp16_t> base; // the row of cells of that token
-        std::vector<place>       rest; // cells behind it
+        llama_pos first;                         // of its tokens in the ubatch
+        llama_seqkv::attended * known = nullptr; // what that token attends to
+        std::vector<place> rest;                 // cells behind it
+        llama_seqkv::attended own = {};
     };
+    sk.last_attended.resize(ub.n_stream);
     for (uint32_t i = 0; i < ub.n_stream; ++i) {
         const auto & cells = sk.kv.v_cells[sk.kv.seq_to_stream[ubatch->seq_id[i*ub.n_tokens][0]]];
         std::vector<place> sinks, exact;
@@ -864,29 +894,46 @@ void llm_graph_input_seqkv::set_input(const llama_ubatch * ubatch) {
 
         std::unordered_map<llama_seq_id, sequence> sequences;
         for (uint32_t it = i*ub.n_tokens; it < (i + 1)*ub.n_tokens; ++it) {
-            auto & first = sequences.try_emplace(ubatch->seq_id[it][0], sequence { ubatch->pos[it], {}, {} }).first->second.first;
+            auto & first = sequences.try_emplace(ubatch->seq_id[it][0], sequence { ubatch->pos[it] }).first->second.first;
             first = std::min(first, ubatch->pos[it]);
         }
         for (uint32_t it = i*ub.n_tokens; it < (i + 1)*ub.n_tokens; ++it) {
             const llama_seq_id seq = ubatch->seq_id[it][0];
             const llama_pos    p1  = ubatch->pos[it];
             sequence &         sq  = sequences[seq];
-            if (sq.base.empty()) {
-                sq.base.resize(mask->ne[0], drop);
-                for (uint32_t c = 0; c < ub.n_kv; ++c) {
-                    if (cells.is_empty(c) || !cells.seq_has(c, seq)) {
-                        continue;
-                    }
-                    if (causal && cells.pos_get(c) > sq.first) {
+            if (!sq.known) {
+                sq.known = sequences.size() == 1 ? &sk.last_attended[i] : &sq.own;
+                auto & known = *sq.known;
+                const auto look_at = [&](uint32_t c) {
+                    const bool own = !cells.is_empty(c) && cells.seq_has(c, seq);
+                    const bool later = own && causal && cells.pos_get(c) > sq.first;
+                    known.row[c] = own && !later ? keep : drop;
+                    if (later) {
                         sq.rest.push_back({ cells.pos_get(c), c, 0 });
-                    } else {
-                        sq.base[c] = keep;
+                    }
+                };
+                if (!ub.anew && known.ubatch + 1 == ub.id && known.seq == seq && known.first <= sq.first && known.causal == causal &&
+                        (int64_t) known.row.size() == mask->ne[0]) {
+                    std::for_each(ub.written[i].begin(), ub.written[i].end(), look_at);
+                    std::for_each(known.behind.begin(), known.behind.end(), look_at);
+                } else {
+                    known.row.assign(mask->ne[0], drop);
+                    for (uint32_t c = 0; c < ub.n_kv; ++c) {
+                        look_at(c);
                     }
                 }
                 std::sort(sq.rest.begin(), sq.rest.end());
+                known.ubatch = ub.id;
+                known.seq    = seq;
+                known.first  = sq.first;
+                known.causal = causal;
+                known.behind.clear();
+                for (const place & r : sq.rest) {
+                    known.behind.push_back(r.cell);
+                }
             }
             ggml_fp16_t * row = (ggml_fp16_t *) mask->data + it*mask->ne[0];
-            memcpy(row, sq.base.data(), mask->nb[1]);
+            memcpy(row, sq.known->row.data(), mask->nb[1]);
             for (const place & r : sq.rest) {
                 if (r.pos > p1) {
                     break;

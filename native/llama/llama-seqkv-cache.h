@@ -84,6 +84,8 @@ public:
 
     // the cells idxs of a stream got new tokens
     void cells_written(uint32_t strm, const std::vector<uint32_t> & idxs);
+    // any cells got other positions or sequences, or were freed
+    void cells_changed() { changed = true; }
 
     // a ubatch is about to be computed: lay out the virtual axis, move the window
     void begin_ubatch(const llama_kv_cache_context & mctx);
@@ -146,16 +148,36 @@ private:
     uint32_t n_rot_max = 0;
     void init_rope(const llama_cparams & cparams);
 
+    // what happened to cells since the last ubatch
+    bool changed = true;
+    std::vector<std::vector<uint32_t>> written; // per stream: cells with new tokens, if that is all
+
     // the current ubatch
     struct {
+        uint64_t id   = 0;
+        bool     anew = true;                          // false: of all cells but `written`, it knows from the last ubatch
+        std::vector<std::vector<uint32_t>> written;    // per stream of the ubatch
+        std::vector<llama_seq_id> strm;                // its streams
         uint32_t n_kv = 0, n_stream = 1, n_tokens = 0; // tokens per stream
         std::vector<std::vector<int32_t>>  slot_cell;  // per stream of the ubatch: cell of a slot before this ubatch, -1: none
         std::vector<std::vector<int32_t>>  cur_cell;   // per stream: cell of a token
         std::vector<int32_t> meta;                     // (n_stream, n_virt)
         std::vector<int64_t> win_idxs;                 // (n_stream*n_tokens)
         std::vector<int32_t> origins;                  // of the rows of rot from 64 on
+        std::unordered_map<int32_t, int32_t> row_of;   // row of an origin
         bool stored_before = false;                    // no token is read from the block that this ubatch writes
     } ub;
+
+    // per stream of the ubatch: which cells its first token attends to, if all its tokens are of one sequence
+    struct attended {
+        uint64_t     ubatch = 0;
+        llama_seq_id seq    = -1;
+        llama_pos    first  = -1;           // position of that token
+        bool         causal = true;
+        std::vector<ggml_fp16_t> row;       // of the mask, exact rows not counted
+        std::vector<uint32_t>    behind;    // cells of the sequence behind that token
+    };
+    std::vector<attended> last_attended;
 
     // rows of rot from 64 on as last computed, (n_sets)(n_origins, n_rot_max)
     std::vector<int32_t> rot_origins;

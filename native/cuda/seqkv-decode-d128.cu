@@ -1,0 +1,3 @@
+#include "seqkv-decode-kernels.cuh"
+
+template void seqkv_decode_heads<128>(ggml_backend_cuda_context & ctx, const ggml_tensor * dst, const ggml_tensor * rows, bool overlap, int n_queries);
