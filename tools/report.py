@@ -155,6 +155,7 @@ def retrieval() -> str:
 TABLES = {
     "quality": quality, "quality_f32": lambda: quality("quality-f32.json"), "speed": speed, "speed_1b": lambda: speed("speed-1b.json"),
     "speed_1b_2048": lambda: speed("speed-1b-2048.json"), "speed_1b_4096": lambda: speed("speed-1b-4096.json"),
+    "speed_1b_512": lambda: speed("speed-1b-512.json"),
     "speed_8b": lambda: speed("speed-8b.json"), "cuda": lambda: speed("cuda.json"),
     "cuda_deep": lambda: speed("cuda-deep.json"), "cuda_2048": lambda: speed("cuda-2048.json"), "cuda_shapes": cuda_shapes,
     "cuda_quality": cuda_quality, "store": lambda: store("store.json"), "tiers": tiers, "ratios": ratios, "memory": memory, "drift": drift, "texts": texts,

@@ -2,7 +2,7 @@
 //
 // A block works on a tile of one KV head, 16 keys a warp, and brings the queries into the tile's frame itself: the levels of the
 // keys are unpacked while D is on its way to shared memory, then q' = D^T R(-t0) q on tensor cores (or H R(-t0) q in registers), its two
-// digits and its products with the predictions by every block anew. Scores and sums over values are those of seqkv-decode.cu.
+// digits and its products with the predictions by every block anew. Scores and sums over values are those of seqkv-decode-kernels.cuh.
 // Other blocks of the same launch attend to the exact rows.
 #include "seqkv-decode.cuh"
 
