@@ -391,7 +391,7 @@ struct store_batch {
 
 // blockIdx: (token, KV head, part)
 template <int D>
-static __global__ void __launch_bounds__(STORE_WARPS*WARP_SIZE) seqkv_store_kernel(const __grid_constant__ store_batch batch, seqkv_meta meta, ggml_seqkv_params p) {
+static __global__ void __launch_bounds__(STORE_WARPS*WARP_SIZE) seqkv_store_kernel(const store_batch batch, seqkv_meta meta, ggml_seqkv_params p) {
     __shared__ float x[D], z[D];
     __shared__ encode_scratch scratch[STORE_WARPS];
     __shared__ encode_tables  tables;
