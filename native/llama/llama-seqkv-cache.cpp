@@ -395,7 +395,7 @@ void llama_seqkv::begin_ubatch(const llama_kv_cache_context & mctx) {
 
     GGML_ASSERT(ubatch.n_tokens == n_stream*n_tokens && sinfo.s1 - sinfo.s0 + 1 == n_stream);
 
-    // a context of many tokens is not looked through for each new one
+    // a context of many tokens is not looked through for each new one, unless too many rows of rot are of origins that no cell has any more
     ub.id++;
     ub.anew = changed || kv.other || ub.n_kv != n_kv || ub.n_tokens != n_tokens || ub.strm != sinfo.strm || ub.origins.size() > n_kv/SEQKV_FRAME + 32;
     ub.written.assign(n_stream, {});
