@@ -584,6 +584,8 @@ _FORMATS: dict[str, Callable[[Any], str]] = {
     "tokens_bits": lambda v: f"{v:.2f}",
     "dedup_overhead": lambda v: f"{v:.3f} x",
     "first_token_speedup": lambda v: f"{v:.1f} x",
+    "decode_ratio": lambda v: f"{v:.2f}",
+    "prefill_ratio": lambda v: f"{v:.2f}",
     "us_per_1000": lambda v: f"{v:.0f}",
     "read_gbs": lambda v: f"{v:.2f}",
     "read_share": lambda v: f"{100 * v:.1f} %",

@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -18,7 +19,7 @@ from . import llama, model
 from .bench import format_cell, parse_list, parse_numbers, print_records, progress_bar
 from .chat import kv_options
 from .engine import Context, Model, open_model
-from .errors import UsageError
+from .errors import MemoryLimitError, ModelError, UsageError
 from .llama import KvSpec
 
 N_DECODE = 32
@@ -39,6 +40,9 @@ class SpeedRow:
     n_prefill: int
     """tokens of a prefill measurement"""
     runs: int
+    decode_ratio: float | None = None
+    """decode over that of the first type right before or after it, median over the runs; None for the first type"""
+    prefill_ratio: float | None = None
     us_per_1000: float | None = None
     """microseconds that a generated token costs more for each 1,000 tokens of depth, from the first depth to this one: all of
     it is attention over cached tokens"""
@@ -115,14 +119,20 @@ def with_slope(row: SpeedRow, first: SpeedRow, cost: tuple[float, float], machin
 
 
 def speed(args: argparse.Namespace) -> list[SpeedRow]:
-    """Prefill of --prefill tokens and decode of 32 single tokens behind every depth."""
+    """Prefill of --prefill tokens and decode of 32 single tokens behind every depth.
+
+    The caches of all types are in memory at once, and each run measures one type after the other, so that what else a machine
+    does meets them all. The first type of a run is another one each time.
+    """
     n_prefill = args.prefill
     if n_prefill < 1:
         raise UsageError("--prefill must be at least 1")
+    if args.runs < 1:
+        raise UsageError("--runs must be at least 1")
     kvs, depths = parse_list(args.kv), sorted(set(parse_numbers(args.depth, least=0)))
     n_ctx = depths[-1] + n_prefill + N_DECODE
-    rows = []
-    with open_model(model.resolve(args.model), ngl=args.ngl) as loaded:
+    rows: list[SpeedRow] = []
+    with open_model(model.resolve(args.model), ngl=args.ngl) as loaded, ExitStack() as stack:
         filler = loaded.tokenize("The quick brown fox jumps over the lazy dog. " * 64, add_special=False, parse_special=False)
 
         def text(n: int) -> list[int]:
@@ -130,22 +140,39 @@ def speed(args: argparse.Namespace) -> list[SpeedRow]:
 
         machine = None if loaded.offloaded else measure_machine(args.threads or os.cpu_count() or 1)
         settings = {"n_batch": args.batch, "threads": args.threads, "force": args.force, "options": kv_options(args)}
-        with progress_bar("speed, depths", len(kvs) * len(depths)) as advance:
-            for kv in kvs:
-                share = store_share(loaded, kv, text(n_prefill), settings) if kv.ours else None
-                cost, first = per_cached_token(loaded, kv), None
-                with loaded.context(kv, n_ctx=n_ctx, **settings) as context:
-                    context.evaluate(text(16))  # first-use costs
-                    for depth in depths:
-                        context.keep(depth)
-                        context.evaluate(text(depth - context.n_past))
-                        prefill = [_timed(context, depth, [text(n_prefill)]) for _ in range(args.runs)]
-                        decode = [_timed(context, depth, [[t] for t in text(N_DECODE)]) for _ in range(args.runs)]
-                        row = SpeedRow(str(kv), depth, *_stats(decode), *_stats(prefill), n_prefill, args.runs, store_share=None if first else share)
-                        first = first or row
-                        rows.append(with_slope(row, first, cost, machine))
+        shares = [store_share(loaded, kv, text(n_prefill), settings) if kv.ours else None for kv in kvs]
+        contexts = [_open(stack, loaded, kv, i, n_ctx=n_ctx, **settings) for i, kv in enumerate(kvs)]
+        for context in contexts:
+            context.evaluate(text(16))  # first-use costs
+        with progress_bar("speed, measurements", len(depths) * len(kvs) * (1 + args.runs)) as advance:
+            for depth in depths:
+                for context in contexts:
+                    context.keep(depth)
+                    context.evaluate(text(depth - context.n_past))
+                    advance(1)
+                prefill: list[list[float]] = [[] for _ in kvs]
+                decode: list[list[float]] = [[] for _ in kvs]
+                for run in range(args.runs):
+                    for i in (*range(run % len(kvs), len(kvs)), *range(run % len(kvs))):
+                        prefill[i].append(_timed(contexts[i], depth, [text(n_prefill)]))
+                        decode[i].append(_timed(contexts[i], depth, [[t] for t in text(N_DECODE)]))
                         advance(1)
+                for i, kv in enumerate(kvs):
+                    ratios = (_ratio(decode[i], decode[0]), _ratio(prefill[i], prefill[0])) if i else (None, None)
+                    share = None if len(rows) >= len(kvs) else shares[i]
+                    row = SpeedRow(str(kv), depth, *_stats(decode[i]), *_stats(prefill[i]), n_prefill, args.runs, *ratios, store_share=share)
+                    rows.append(with_slope(row, rows[i] if depth > depths[0] else row, per_cached_token(loaded, kv), machine))
     return rows
+
+
+def _open(stack: ExitStack, loaded: Model, kv: KvSpec, n_open: int, **settings: Any) -> Context:
+    """A context that is closed with the stack; errors name the n_open caches that are in memory already."""
+    try:
+        return stack.enter_context(loaded.context(kv, **settings))
+    except (MemoryLimitError, ModelError) as error:
+        if n_open == 0:
+            raise
+        raise type(error)(f"{error}; it would be beside the caches of {n_open} other types: compare fewer (--kv) or take a smaller --depth") from None
 
 
 def store_share(loaded: Model, kv: KvSpec, tokens: list[int], settings: dict[str, Any]) -> float:
@@ -183,6 +210,10 @@ def _stats(values: list[float]) -> tuple[float, float]:
     return middle, (max(values) - min(values)) / middle
 
 
+def _ratio(values: list[float], base: list[float]) -> float:
+    return statistics.median(value / of for value, of in zip(values, base))
+
+
 def print_speed(title: str, rows: list[SpeedRow]) -> None:
     """Tables on standard output: speeds; what attention over the cache costs; what writing it costs."""
 
@@ -191,7 +222,7 @@ def print_speed(title: str, rows: list[SpeedRow]) -> None:
             records = [asdict(row) for row in rows]
             print_records(title, [{name.replace("_", " "): format_cell(name, record[name]) for name in names} for record in records])
 
-    table(title, ["kv", "depth", "decode_tps", "decode_spread", "prefill_tps", "prefill_spread", "n_prefill", "runs"], rows)
+    table(title, ["kv", "depth", "decode_tps", "decode_spread", "prefill_tps", "prefill_spread", "n_prefill", "runs", "decode_ratio", "prefill_ratio"], rows)
     cost = ["kv", "depth", "us_per_1000", "read_gbs", "read_share", "gflops", "gflops_share"]
     table("cost of cached tokens (us for a generated token per 1,000 cached; shares of a copy and of a matrix product)",
           cost, [row for row in rows if row.us_per_1000 is not None])  # fmt: skip

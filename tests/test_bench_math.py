@@ -34,7 +34,7 @@ from seqkv_edge.bench import (
 from seqkv_edge.conversation import common_prefix, removal
 from seqkv_edge.dropin import KvOptions
 from seqkv_edge.engine import Model, open_model
-from seqkv_edge.errors import LibraryError, SeqkvError, UsageError
+from seqkv_edge.errors import LibraryError, MemoryLimitError, SeqkvError, UsageError
 
 ROOT = Path(__file__).resolve().parents[1]
 BITS = Bits(3.0, 4.0, 3.5, 3.1)
@@ -302,6 +302,46 @@ def test_slope_of_decode_times():
     faster = speed.with_slope(speed.SpeedRow("f16", 2000, 200.0, 0.0, 400.0, 0.0, 512, 3), first, (1.0, 1.0), None)
     assert faster.us_per_1000 < 0 and faster.read_gbs is None  # noise makes no bandwidth
     assert speed.with_slope(first, first, (1.0, 1.0), None) == first
+
+
+def test_types_are_measured_in_turns(loaded, tmp_path, monkeypatch):
+    """Every run has all types one after the other, another one first; a ratio is that of one run."""
+    seen = []
+    timed = speed._timed
+
+    def watched(context, depth, batches):
+        if len(batches) > 1:
+            seen.append((str(context.kv), depth, context.n_past))
+        timed(context, depth, batches)
+        return {"f16": 10.0, "q8_0": 5.0, "seqkv3": 20.0}[str(context.kv)] * (1 + len(seen) // 3)  # drifts by a factor between runs
+
+    monkeypatch.setattr(speed, "_timed", watched)
+    out = tmp_path / "speed.json"
+    options = ["--model", str(loaded.path), "--no-profile", "--threads", "1", "--prefill", "8", "--runs", "3"]
+    assert cli.main(["bench", "speed", *options, "--kv", "f16,q8_0,seqkv3", "--depth", "0,70", "--json", str(out)]) == 0
+    turn = ["f16", "q8_0", "seqkv3"]
+    assert seen == [(turn[(run + i) % 3], depth, depth) for depth in (0, 70) for run in range(3) for i in range(3)]
+    rows = json.loads(out.read_text())
+    assert [(r["kv"], r["depth"]) for r in rows] == [(kv, depth) for depth in (0, 70) for kv in turn]
+    assert [r["prefill_ratio"] for r in rows] == [None, pytest.approx(0.5), pytest.approx(2.0)] * 2
+    assert rows[0]["prefill_spread"] > 0.5  # and all of it is drift
+    assert rows[2]["store_share"] > 0 and [r["store_share"] for r in rows[:2] + rows[3:]] == [None] * 5
+
+
+def test_speed_says_that_the_caches_are_in_memory_together(loaded, monkeypatch, capsys):
+    open_context = Model.context
+
+    def small(self, kv, **settings):
+        if str(kv) == "q8_0":
+            raise MemoryLimitError("no room")
+        return open_context(self, kv, **settings)
+
+    monkeypatch.setattr(Model, "context", small)
+    options = ["--model", str(loaded.path), "--no-profile", "--depth", "0", "--prefill", "8"]
+    assert cli.main(["bench", "speed", *options, "--kv", "f16,q8_0"]) == 1
+    assert "no room; it would be beside the caches of 1 other types: compare fewer (--kv)" in capsys.readouterr().err
+    assert cli.main(["bench", "speed", *options, "--kv", "q8_0"]) == 1
+    assert capsys.readouterr().err.strip().endswith("no room")
 
 
 def test_cost_of_a_cached_token(loaded):

@@ -13,6 +13,7 @@ import json
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ("README.md", "docs/measurements.md")
@@ -41,15 +42,20 @@ def quality(file: str = "quality.json") -> str:
 
 
 def speed(file: str = "speed.json") -> str:
-    """A table of `bench speed` rows, or of a GPU's, which hold them under "speed"."""
+    """A table of `bench speed` rows, or of a GPU's, which hold them under "speed"; in brackets the ratio to the first type, if measured."""
     rows = json.loads((ROOT / "docs" / file).read_text())
     if isinstance(rows, dict):
         rows = rows["speed"]["rows"]
     depths = sorted({r["depth"] for r in rows})
     kinds = list(dict.fromkeys(r["kv"] for r in rows))
     cell = {(r["kv"], r["depth"]): r for r in rows}
+
+    def shown(row: dict[str, Any], name: str, digits: int) -> str:
+        ratio = row.get(f"{name}_ratio")
+        return f"{row[f'{name}_tps']:.{digits}f}" + (f" ({ratio:.2f})" if ratio else "")
+
     body = [
-        [kv] + [f"{cell[kv, d][m]:.{digits}f}" for m, digits in (("decode_tps", 1), ("prefill_tps", 0)) for d in depths]
+        [kv] + [shown(cell[kv, d], name, digits) for name, digits in (("decode", 1), ("prefill", 0)) for d in depths]
         + [f"{cell[kv, depths[-1]]['us_per_1000']:,.0f}"]
         for kv in kinds
     ]  # fmt: skip
