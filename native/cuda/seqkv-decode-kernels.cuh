@@ -294,6 +294,11 @@ SEQKV_FN int warp_min(int x) {
 SEQKV_FN int warp_max(int x) { return ~warp_min(~x); }
 
 static constexpr __host__ __device__ int step_keys(int d) { return d == 64 ? 32 : 16; } // keys unpacked at a time
+// pieces of 16 bytes that a cell of these types has at most, where rows and heads begin at multiples of 16 bytes and of its size
+static constexpr __host__ __device__ int cell_pieces(int d, int bits, int graded) {
+    const int size = d/64*(1 + graded + 8*bits), aligned = size & -size;
+    return bits == 0 ? 0 : (size + (aligned < 16 ? 16 - aligned : 0) + 15)/16;
+}
 static constexpr __host__ __device__ int max_nt   (int d) { return d == 256 ? 2 : 4; }  // tiles of 4 queries of a block
 static constexpr __host__ __device__ int min_blocks(int d, int nt) { return d == 256 || nt == 4 ? 2 : nt == 2 ? 3 : 4; } // of a multiprocessor
 
@@ -319,14 +324,19 @@ template <int D, int NT> struct warp_smem {
 
 // blockIdx: (part, KV head, stream x chunk of 4*NT queries). D: head_dim of keys and values.
 // KIND: twice the bits of both types, plus 1 if keys are graded; 0: any types
+// early: no kernel of this graph before this one writes cells
 template <int D, int NT, int KIND>
-static __global__ void __launch_bounds__(THREADS, min_blocks(D, NT)) decode_kernel(seqkv_view a, frame_queries f, seqkv_parts parts, int n_chunks) {
+static __global__ void __launch_bounds__(THREADS, min_blocks(D, NT)) decode_kernel(seqkv_view a, frame_queries f, seqkv_parts parts, int n_chunks, bool early) {
     using smem_t = warp_smem<D, NT>;
     constexpr int NB = smem_t::NB, KEYS = smem_t::KEYS, ROWS = smem_t::ROWS, PITCH = smem_t::PITCH, LDK = smem_t::LDK, LDV = smem_t::LDV;
     constexpr int MT = KEYS/16, DT = D/16, BITS = KIND/2, GRADED = KIND%2;
+    constexpr int AT_ONCE = BITS == 3 || KIND == 4 ? ROWS/KEYS : 1; // steps unrolled: what was fastest (H200)
+    constexpr int GROUPS = BITS == 0 || GRADED ? 3 : 1; // of a block's values, with a gain each
     extern __shared__ __align__(16) char smem_raw[];
 
-    ggml_cuda_pdl_sync();
+    if (!early) {
+        ggml_cuda_pdl_sync();
+    }
     ggml_cuda_pdl_lc();
     const int h = blockIdx.y, s = blockIdx.z/n_chunks, q0 = blockIdx.z%n_chunks*4*NT;
     const int nq = a.n_tokens*a.group;
@@ -343,10 +353,13 @@ static __global__ void __launch_bounds__(THREADS, min_blocks(D, NT)) decode_kern
     load_level_tables(BITS ? BITS : a.bits_k, BITS ? GRADED : a.graded_k, bits_v, tables);
     __syncthreads();
 
-    const row_loader<PITCH> rows_k(a.cell_k(s, 0, h), a.k_nb1, a.k_nb2, a.size_k);
-    const row_loader<PITCH> rows_v(a.cell_v(s, 0, h), a.v_nb1, a.v_nb2, a.size_v);
+    constexpr int PIECES = cell_pieces(D, BITS, GRADED);
+    static_assert(cell_pieces(D, BITS, 0) <= PIECES && 16*PIECES <= PITCH, "values have no more");
+    using loader = row_loader<PITCH, PIECES>;
+    const loader rows_k(a.cell_k(s, 0, h), a.k_nb1, a.k_nb2, a.size_k);
+    const loader rows_v(a.cell_v(s, 0, h), a.v_nb1, a.v_nb2, a.size_v);
     const auto load_piece = [&](int at, int tile, int piece) { // K 0, K 1, V 0, V 1
-        const row_loader<PITCH> rows = piece < 2 ? rows_k : rows_v;
+        const loader rows = piece < 2 ? rows_k : rows_v;
         rows.template load<ROWS>(sm.raw[at], tile*TILE + (piece & 1)*ROWS, tile < tile1 ? a.p.n_kv : 0);
     };
     const auto load_three = [&](int at, int tile) {
@@ -387,8 +400,8 @@ static __global__ void __launch_bounds__(THREADS, min_blocks(D, NT)) decode_kern
     float scale[NT];
     const float * pred = nullptr;
     const auto load_queries = [&](int origin) {
-        const int64_t index = f.index(a, s, origin - SEQKV_FRAME, h);
-        const uint4 * from  = (const uint4 *) digits_of<D>(f, index) + q0/4*NB*WARP_SIZE + lane;
+        const uint32_t index = (s*f.n_frames + origin - SEQKV_FRAME)*a.p.n_head_kv + h; // and products of 32 by 32 bits
+        const uint4 * from   = (const uint4 *) (f.digits + (uint64_t) index*(uint32_t) (f.n4*D*2)) + q0/4*NB*WARP_SIZE + lane;
 #pragma unroll
         for (int n = 0; n < NT; ++n) {
             const bool used = q0 + 4*n < nq;
@@ -396,9 +409,9 @@ static __global__ void __launch_bounds__(THREADS, min_blocks(D, NT)) decode_kern
             for (int b = 0; b < NB; ++b) {
                 digits[n][b] = used ? from[(n*NB + b)*WARP_SIZE] : make_uint4(0, 0, 0, 0);
             }
-            scale[n] = q0 + 4*n + t < nq ? f.scale[index*4*f.n4 + q0 + 4*n + t] : 0.0f;
+            scale[n] = q0 + 4*n + t < nq ? (f.scale + (uint64_t) index*(uint32_t) (4*f.n4))[q0 + 4*n + t] : 0.0f;
         }
-        pred = f.pred + (index*4*f.n4 + q0 + t)*SEQKV_FRAME;
+        pred = f.pred + (uint64_t) index*(uint32_t) (4*f.n4*SEQKV_FRAME) + (q0 + t)*SEQKV_FRAME;
         at   = origin;
     };
     int  seen[NT]; // bit of this lane's query in a cell's word
@@ -423,6 +436,9 @@ static __global__ void __launch_bounds__(THREADS, min_blocks(D, NT)) decode_kern
     int place = 0; // of K 0 among the three
     load_three(place, first_tile);
     load_meta(first_tile);
+    if (early) {
+        ggml_cuda_pdl_sync();
+    }
     for (int tile = first_tile; tile < tile1; tile += WARPS) {
         const int place1 = place == 2 ? 0 : place + 1, place2 = place == 0 ? 2 : place - 1;
         int cell[2], origin[2]; // offset | tokens that attend to it << 8; -1: none does
@@ -456,7 +472,7 @@ static __global__ void __launch_bounds__(THREADS, min_blocks(D, NT)) decode_kern
             const int held = half ? place1 : place;
             copy_wait_but<2>();
             __syncwarp();
-#pragma unroll
+#pragma unroll (AT_ONCE)
             for (int sub = 0; sub < ROWS; sub += KEYS) {
                 int   c2[MT][2], o2[MT][2]; // keys g and g + 8 of each 16: cell, origin, and predictions if there is one origin
                 float pred2[NT][MT][2];
@@ -473,7 +489,7 @@ static __global__ void __launch_bounds__(THREADS, min_blocks(D, NT)) decode_kern
                         }
                     }
                 }
-#pragma unroll
+#pragma unroll 1
                 for (int pass = 0; pass < KEYS*NB/WARP_SIZE; ++pass) {
                     const int key = lane%KEYS, b = lane/KEYS + pass*(WARP_SIZE/KEYS);
                     const uint32_t * raw = (const uint32_t *) (sm.raw[held] + (sub + key)*PITCH);
@@ -490,8 +506,8 @@ static __global__ void __launch_bounds__(THREADS, min_blocks(D, NT)) decode_kern
                         *(uint4 *) (sm.level + key*LDK + 64*b + 16*i) = make_uint4(out[4*i], out[4*i + 1], out[4*i + 2], out[4*i + 3]);
                     }
 #pragma unroll
-                    for (int i = 0; i < 3; ++i) {
-                        sm.gain_k[(3*b + i)*KEYS + (key & ~15) + 2*(key & 7) + (key >> 3 & 1)] = factor[i];
+                    for (int i = 0; i < GROUPS; ++i) {
+                        sm.gain_k[(GROUPS*b + i)*KEYS + (key & ~15) + 2*(key & 7) + (key >> 3 & 1)] = factor[i];
                     }
                 }
                 __syncwarp();
@@ -542,17 +558,26 @@ static __global__ void __launch_bounds__(THREADS, min_blocks(D, NT)) decode_kern
                             const int8_t * row = sm.level + (16*mt + lane%16)*LDK + 64*b + lane/16*16;
                             load_a(k0, row);
                             load_a(k1, row + 32);
-                            const float2 gain0 = *(const float2 *) (sm.gain_k + (3*b    )*KEYS + 16*mt + 2*g);
-                            const float2 gain1 = *(const float2 *) (sm.gain_k + (3*b + 1)*KEYS + 16*mt + 2*g);
-                            const float2 gain2 = *(const float2 *) (sm.gain_k + (3*b + 2)*KEYS + 16*mt + 2*g);
+                            float2 gain[GROUPS];
+#pragma unroll
+                            for (int i = 0; i < GROUPS; ++i) {
+                                gain[i] = *(const float2 *) (sm.gain_k + (GROUPS*b + i)*KEYS + 16*mt + 2*g);
+                            }
 #pragma unroll
                             for (int n = 0; n < NT; ++n) {
-                                int c[3][4] = {{ 0 }};
-                                mma_s8_k16(c[0], k0,     digits[n][b].x);
-                                mma_s8_k16(c[1], k0 + 2, digits[n][b].y);
-                                mma_s8_k32(c[2], k1,     digits[n][b].z, digits[n][b].w);
-                                sum[n][0] += gain0.x*(float) (128*c[0][0] + c[0][1]) + gain1.x*(float) (128*c[1][0] + c[1][1]) + gain2.x*(float) (128*c[2][0] + c[2][1]);
-                                sum[n][1] += gain0.y*(float) (128*c[0][2] + c[0][3]) + gain1.y*(float) (128*c[1][2] + c[1][3]) + gain2.y*(float) (128*c[2][2] + c[2][3]);
+                                int c[GROUPS][4] = {{ 0 }};
+                                if constexpr (GROUPS == 1) {
+                                    mma_s8_k32(c[0], k0, digits[n][b].x, digits[n][b].y);
+                                } else {
+                                    mma_s8_k16(c[0], k0,     digits[n][b].x);
+                                    mma_s8_k16(c[1], k0 + 2, digits[n][b].y);
+                                }
+                                mma_s8_k32(c[GROUPS - 1], k1, digits[n][b].z, digits[n][b].w);
+#pragma unroll
+                                for (int i = 0; i < GROUPS; ++i) {
+                                    sum[n][0] += gain[i].x*(float) (128*c[i][0] + c[i][1]);
+                                    sum[n][1] += gain[i].y*(float) (128*c[i][2] + c[i][3]);
+                                }
                             }
                         }
 #pragma unroll
@@ -775,7 +800,7 @@ static void decode_case(ggml_backend_cuda_context & ctx, const ggml_tensor * dst
     ggml_cuda_kernel_launch(queries_kernel<D>, ggml_cuda_kernel_launch_params(dim3(groups + exact, a.p.n_head_kv, a.n_stream), dim3(query_threads(D)), smem_q, stream),
         a, f, parts, groups, overlap);
     ggml_cuda_kernel_launch((decode_kernel<D, NT, KIND>), ggml_cuda_kernel_launch_params(dim3(parts.n_z, a.p.n_head_kv, a.n_stream*n_chunks), dim3(THREADS), smem, stream),
-        a, f, parts, n_chunks);
+        a, f, parts, n_chunks, overlap && a.p.stored_before);
     seqkv_combine(ctx, a, parts, rows);
 }
 

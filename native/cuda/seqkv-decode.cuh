@@ -166,7 +166,8 @@ static __device__ void exact_part(const seqkv_view & a, const seqkv_parts & part
 }
 
 // Rows of cells on their way to shared memory. They keep their place in 16 bytes of global memory, or in 4 if rows are not aligned.
-template <int PITCH> struct row_loader {
+// PIECES: of 16 bytes, that a row has at most (0: as many as it has)
+template <int PITCH, int PIECES = 0> struct row_loader {
     const char * cells; // row 0 of the head
     int          nb1, size, skew;
     uint32_t     lane;  // row | piece << 8 | rows at a time << 16: what this lane copies of rows that are pieces of 16 bytes; 0: rows are copied by words
@@ -174,9 +175,10 @@ template <int PITCH> struct row_loader {
     __device__ __forceinline__ row_loader(const char * cells, int64_t nb1, int64_t nb2, int size) : cells(cells), nb1((int) nb1), size(size) {
         skew = (int) (uintptr_t) cells & 15;
         lane = 0;
-        if (((nb1 | nb2) & 15) == 0) {
-            const int pieces = (skew + size + 15)/16, at_a_time = WARP_SIZE/pieces, i = threadIdx.x%WARP_SIZE;
-            lane = (i/pieces < at_a_time ? i/pieces : 255) | i%pieces << 8 | at_a_time << 16;
+        const int own = (skew + size + 15)/16;
+        if (((nb1 | nb2) & 15) == 0 && (PIECES == 0 || own <= PIECES)) {
+            const int pieces = PIECES ? PIECES : own, at_a_time = WARP_SIZE/pieces, i = threadIdx.x%WARP_SIZE;
+            lane = (i/pieces < at_a_time && i%pieces < own ? i/pieces : 255) | i%pieces << 8 | at_a_time << 16;
         }
     }
     // byte of row j's cell in its raw row
@@ -190,11 +192,20 @@ template <int PITCH> struct row_loader {
             const int row = lane & 255, piece = 16*(lane >> 8 & 255), at_a_time = lane >> 16;
             const char * src = base + (row*nb1 + piece - skew);
             char       * dst = raw + row*PITCH + piece;
+            if constexpr (PIECES > 0) {
+#pragma unroll
+                for (int i = 0; i < N; i += WARP_SIZE/PIECES) {
+                    if (row + i < n) {
+                        copy_async16(dst + i*PITCH, src + i*nb1);
+                    }
+                }
+            } else {
 #pragma unroll 2
-            for (int r = row; r < n; r += at_a_time) {
-                copy_async16(dst, src);
-                dst += at_a_time*PITCH;
-                src += at_a_time*nb1;
+                for (int r = row; r < n; r += at_a_time) {
+                    copy_async16(dst, src);
+                    dst += at_a_time*PITCH;
+                    src += at_a_time*nb1;
+                }
             }
         } else {
             const int i = threadIdx.x%WARP_SIZE;

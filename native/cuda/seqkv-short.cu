@@ -248,6 +248,12 @@ static __global__ void __launch_bounds__(THREADS, NT == 4 ? 2 : 3) short_kernel(
     int    cs_at = max(0, meta0 >> 8);
     float2 cs[J];
     load_rotation<J>(a, cs_at, lane, cs);
+    const auto load_next = [&](int row0, int tile) {
+        if (tile + parts.n_z < n_tiles) {
+            rows_k.template load<KEYS>(sm.raw_k, row0 + parts.n_z*TILE, a.p.n_kv);
+            rows_v.template load<KEYS>(sm.raw_v, row0 + parts.n_z*TILE, a.p.n_kv);
+        }
+    };
     for (int tile = blockIdx.x; tile < n_tiles; tile += parts.n_z) {
         const int row0 = tile*TILE + KEYS*warp; // this warp's first cell
         if (threadIdx.x < TILE) {
@@ -274,6 +280,14 @@ static __global__ void __launch_bounds__(THREADS, NT == 4 ? 2 : 3) short_kernel(
             }
             return next;
         };
+
+        const int first = next_origin(-1);
+        if (first == INT_MAX) { // nothing attended to
+            copy_wait();
+            __syncthreads();
+            load_next(row0, tile);
+            continue;
+        }
 
         // levels of keys
         if (tile == (int) blockIdx.x) {
@@ -314,7 +328,7 @@ static __global__ void __launch_bounds__(THREADS, NT == 4 ? 2 : 3) short_kernel(
         for (int n = 0; n < NT; ++n) {
             score[n] = make_float2(-INFINITY, -INFINITY);
         }
-        for (int o = next_origin(-1); o != INT_MAX; o = next_origin(o)) {
+        for (int o = first; o != INT_MAX; o = next_origin(o)) {
             if (o != at) {
                 if (cs_at != o) {
                     load_rotation<J>(a, o, lane, cs);
@@ -383,10 +397,7 @@ static __global__ void __launch_bounds__(THREADS, NT == 4 ? 2 : 3) short_kernel(
             }
         }
         __syncwarp();
-        if (tile + parts.n_z < n_tiles) {
-            rows_k.template load<KEYS>(sm.raw_k, row0 + parts.n_z*TILE, a.p.n_kv);
-            rows_v.template load<KEYS>(sm.raw_v, row0 + parts.n_z*TILE, a.p.n_kv);
-        }
+        load_next(row0, tile);
 
         // softmax
         float p[NT][2];
