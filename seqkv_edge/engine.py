@@ -8,10 +8,12 @@ from __future__ import annotations
 import ctypes
 import os
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -451,6 +453,57 @@ def devices() -> list[Device]:
             )
         )
     return found
+
+
+class _InitParams(ctypes.Structure):  # ggml_init_params
+    _fields_ = [("mem_size", ctypes.c_size_t), ("mem_buffer", ctypes.c_void_p), ("no_alloc", ctypes.c_bool)]
+
+
+def copy_bandwidth(index: int, size: int = 1 << 28, tries: int = 7) -> float | None:
+    """Bytes read and written a second when `size` bytes are copied within the memory of device `index` of `devices()`.
+
+    The best of several tries. None where the device does not have 2 * size bytes left.
+    """
+    handle = llama.library().handle
+    _backend_init()
+    pointer, integer = ctypes.c_void_p, ctypes.c_int
+
+    def function(name: str, result: Any, *arguments: Any) -> Any:
+        found = getattr(handle, name)
+        found.restype, found.argtypes = result, list(arguments)
+        return found
+
+    tensor = function("ggml_new_tensor_1d", pointer, pointer, integer, ctypes.c_int64)
+    copy = function("ggml_cpy", pointer, pointer, pointer, pointer)
+    expand = function("ggml_build_forward_expand", None, pointer, pointer)
+    compute = function("ggml_backend_graph_compute", integer, pointer, pointer)
+    n_copies = 4
+    memory = function("ggml_graph_overhead", ctypes.c_size_t)() + (2 + n_copies) * function("ggml_tensor_overhead", ctypes.c_size_t)()
+    ctx = function("ggml_init", pointer, _InitParams)(_InitParams(memory, None, True))
+    device = function("ggml_backend_dev_get", pointer, ctypes.c_size_t)(index)
+    backend = function("ggml_backend_dev_init", pointer, pointer, ctypes.c_char_p)(device, None)
+    buffer = None
+    try:
+        source, target = (tensor(ctx, 0, size // 4) for _ in range(2))  # GGML_TYPE_F32
+        graph = function("ggml_new_graph", pointer, pointer)(ctx)
+        for _ in range(n_copies):
+            expand(graph, copy(ctx, source, target))
+        buffer = function("ggml_backend_alloc_ctx_tensors", pointer, pointer, pointer)(ctx, backend)
+        if not buffer:
+            return None
+        function("ggml_backend_buffer_clear", None, pointer, ctypes.c_uint8)(buffer, 0)
+        best = 0.0
+        for _ in range(tries):
+            started = time.perf_counter()
+            if compute(backend, graph) != 0:  # GGML_STATUS_SUCCESS; returns when all is done
+                return None
+            best = max(best, n_copies * 2 * size / (time.perf_counter() - started))
+        return best
+    finally:
+        if buffer:
+            function("ggml_backend_buffer_free", None, pointer)(buffer)
+        function("ggml_backend_free", None, pointer)(backend)
+        function("ggml_free", None, pointer)(ctx)
 
 
 _initialized = False

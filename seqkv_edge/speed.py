@@ -18,7 +18,7 @@ import numpy as np
 from . import llama, model
 from .bench import format_cell, parse_list, parse_numbers, print_records, progress_bar
 from .chat import kv_options
-from .engine import Context, Model, open_model
+from .engine import Context, Model, copy_bandwidth, devices, open_model
 from .errors import MemoryLimitError, ModelError, UsageError
 from .llama import KvSpec
 
@@ -49,7 +49,7 @@ class SpeedRow:
     read_gbs: float | None = None
     """cache bytes read in that time, GB/s"""
     read_share: float | None = None
-    """read_gbs over the bandwidth of a large copy (bytes read and written) on as many threads; None on a GPU"""
+    """read_gbs over the bandwidth of a large copy (bytes read and written) on as many threads, or in the memory of the first GPU"""
     gflops: float | None = None
     """multiplications and additions of scores and weighted sums in that time, 1e9/s; what unpacking costs is not counted"""
     gflops_share: float | None = None
@@ -60,10 +60,10 @@ class SpeedRow:
 
 @dataclass(frozen=True)
 class Machine:
-    """What the processor reaches on some threads: the best of several tries."""
+    """What the processor on some threads, or a GPU, reaches: the best of several tries. None: not measured."""
 
-    copy_gbs: float
-    gflops: float
+    copy_gbs: float | None
+    gflops: float | None
 
 
 def measure_machine(threads: int) -> Machine:
@@ -82,6 +82,13 @@ def measure_machine(threads: int) -> Machine:
     with threadpool_limits(threads):
         product_time = _best(lambda: a @ a)
     return Machine(2 * threads * 4 * n / copy_time / 1e9, 2 * 1536**3 / product_time / 1e9)
+
+
+def measure_gpu() -> Machine:
+    """Copies of 256 MiB within the memory of the first GPU."""
+    gpus = [index for index, device in enumerate(devices()) if device.gpu]
+    rate = copy_bandwidth(gpus[0]) if gpus else None
+    return Machine(rate and rate / 1e9, None)
 
 
 def _best(work: Callable[[], Any], tries: int = 7) -> float:
@@ -103,7 +110,7 @@ def per_cached_token(loaded: Model, kv: KvSpec) -> tuple[float, float]:
     return size, operations
 
 
-def with_slope(row: SpeedRow, first: SpeedRow, cost: tuple[float, float], machine: Machine | None) -> SpeedRow:
+def with_slope(row: SpeedRow, first: SpeedRow, cost: tuple[float, float], machine: Machine) -> SpeedRow:
     """The row with what follows from its decode time beyond that of the first depth; cost: of `per_cached_token`."""
     tokens = row.depth - first.depth
     if tokens <= 0:
@@ -113,9 +120,9 @@ def with_slope(row: SpeedRow, first: SpeedRow, cost: tuple[float, float], machin
     if seconds <= 0:  # noise
         return row
     gbs, gflops = (amount / seconds / 1e9 for amount in cost)
-    if machine is None:
-        return replace(row, read_gbs=gbs, gflops=gflops)
-    return replace(row, read_gbs=gbs, gflops=gflops, read_share=gbs / machine.copy_gbs, gflops_share=gflops / machine.gflops)
+    read_share = gbs / machine.copy_gbs if machine.copy_gbs else None
+    gflops_share = gflops / machine.gflops if machine.gflops else None
+    return replace(row, read_gbs=gbs, gflops=gflops, read_share=read_share, gflops_share=gflops_share)
 
 
 def speed(args: argparse.Namespace) -> list[SpeedRow]:
@@ -138,7 +145,7 @@ def speed(args: argparse.Namespace) -> list[SpeedRow]:
         def text(n: int) -> list[int]:
             return (filler * (n // len(filler) + 1))[:n]
 
-        machine = None if loaded.offloaded else measure_machine(args.threads or os.cpu_count() or 1)
+        machine = measure_gpu() if loaded.offloaded else measure_machine(args.threads or os.cpu_count() or 1)
         settings = {"n_batch": args.batch, "threads": args.threads, "force": args.force, "options": kv_options(args)}
         shares = [store_share(loaded, kv, text(n_prefill), settings) if kv.ours else None for kv in kvs]
         contexts = [_open(stack, loaded, kv, i, n_ctx=n_ctx, **settings) for i, kv in enumerate(kvs)]

@@ -33,7 +33,7 @@ from seqkv_edge.bench import (
 )
 from seqkv_edge.conversation import common_prefix, removal
 from seqkv_edge.dropin import KvOptions
-from seqkv_edge.engine import Model, open_model
+from seqkv_edge.engine import Model, copy_bandwidth, devices, open_model
 from seqkv_edge.errors import LibraryError, MemoryLimitError, SeqkvError, UsageError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -297,11 +297,21 @@ def test_slope_of_decode_times():
     assert found.us_per_1000 == pytest.approx(5000)  # 10 ms more behind 2,000 tokens
     assert found.read_gbs == pytest.approx(0.2) and found.read_share == pytest.approx(0.02)
     assert found.gflops == pytest.approx(0.8) and found.gflops_share == pytest.approx(0.1)
-    on_gpu = speed.with_slope(row, first, (1000.0, 4000.0), None)
-    assert on_gpu.read_gbs == pytest.approx(0.2) and on_gpu.read_share is None and on_gpu.gflops_share is None
-    faster = speed.with_slope(speed.SpeedRow("f16", 2000, 200.0, 0.0, 400.0, 0.0, 512, 3), first, (1.0, 1.0), None)
+    on_gpu = speed.with_slope(row, first, (1000.0, 4000.0), speed.Machine(copy_gbs=4.0, gflops=None))
+    assert on_gpu.read_share == pytest.approx(0.05) and on_gpu.gflops == pytest.approx(0.8) and on_gpu.gflops_share is None
+    nothing = speed.Machine(None, None)
+    assert speed.with_slope(row, first, (1000.0, 4000.0), nothing).read_share is None
+    faster = speed.with_slope(speed.SpeedRow("f16", 2000, 200.0, 0.0, 400.0, 0.0, 512, 3), first, (1.0, 1.0), nothing)
     assert faster.us_per_1000 < 0 and faster.read_gbs is None  # noise makes no bandwidth
-    assert speed.with_slope(first, first, (1.0, 1.0), None) == first
+    assert speed.with_slope(first, first, (1.0, 1.0), nothing) == first
+
+
+def test_bandwidth_of_copies_within_a_device(loaded):
+    """On the processor, whose memory numpy measures as well; a device without room has none."""
+    cpu = next(i for i, device in enumerate(devices()) if not device.gpu)
+    rate, copied = copy_bandwidth(cpu, 1 << 26), speed.measure_machine(2).copy_gbs
+    assert 0.1 < rate / 1e9 / copied < 10
+    assert copy_bandwidth(cpu, 1 << 50, tries=1) is None
 
 
 def test_types_are_measured_in_turns(loaded, tmp_path, monkeypatch):
