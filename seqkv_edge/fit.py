@@ -16,6 +16,10 @@ _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _BLOCK = 64  # values of a block of the seqkv types, and positions of a frame
 CTX_STEP = 256
 """llama.cpp rounds contexts up to this"""
+GPU_SCRATCH = 256 << 20
+"""bytes of native/cuda/seqkv-prefill.cu"""
+GPU_BASE = 192 << 20
+"""bytes that contexts took on a GPU beyond the rest of the estimate (an H200, docs/measurements.md)"""
 DEFAULT_KV = "f16,q8_0,q4_0,seqkv4,seqkv3,seqkv2"
 
 
@@ -28,6 +32,8 @@ class Settings:
     n_ubatch: int = 512
     profile: bool = True
     """the seqkv types have a profile, as they do by default"""
+    gpu: bool = False
+    """the memory is an NVIDIA GPU's: `gpu_bytes` are needed too"""
 
 
 DEFAULT = Settings()
@@ -137,9 +143,29 @@ def compute_bytes(meta: ModelMeta, n_ctx: int, n_ubatch: int = 512) -> int:
     return n_ubatch * max(4 * wide, 2 * pad_ctx(n_ctx)) + (16 << 20)
 
 
+def gpu_bytes(meta: ModelMeta, kv: KvSpec, n_ctx: int) -> int:
+    """What a GPU needs besides: its kernels' code and small buffers, and f16 copies of one layer's K and V for prefill.
+
+    llama.cpp copies all of a quantized K or V, the seqkv types as many KV heads as GPU_SCRATCH holds, at least one.
+    """
+    most = 0
+    for layer, n_head_kv in zip(meta.layers, meta.heads_kv):
+        cells = pad_ctx(n_ctx)
+        if not n_head_kv or not cells:
+            continue
+        if kv.ours and not layer.window:
+            head = 2 * cells * (layer.k_values + layer.v_values) // n_head_kv
+            most = max(most, head * max(1, min(n_head_kv, GPU_SCRATCH // head)))
+        elif not kv.ours:
+            copied = sum(values for name, values in ((kv.k, layer.k_values), (kv.v, layer.v_values)) if name != "f16")
+            most = max(most, 2 * cells * copied)
+    return GPU_BASE + most
+
+
 def need(meta: ModelMeta, kv: KvSpec, n_ctx: int, bits: BitsOf, settings: Settings = DEFAULT) -> Need:
     """Estimated bytes of a model with one context."""
-    return Need(meta.weight_bytes, kv_bytes(meta, kv, n_ctx, bits, settings), compute_bytes(meta, n_ctx, settings.n_ubatch))
+    compute = compute_bytes(meta, n_ctx, settings.n_ubatch) + (gpu_bytes(meta, kv, n_ctx) if settings.gpu else 0)
+    return Need(meta.weight_bytes, kv_bytes(meta, kv, n_ctx, bits, settings), compute)
 
 
 def largest_ctx(meta: ModelMeta, kv: KvSpec, memory: int, bits: BitsOf, settings: Settings = DEFAULT) -> int:

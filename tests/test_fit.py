@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -98,3 +99,24 @@ def test_specs():
     assert spec("f16:seqkv2").ours and not spec("q8_0").ours
     assert spec("f16:q4_0").needs_flash_attn and not spec("q4_0:f16").needs_flash_attn
     assert not spec("seqkv3").needs_flash_attn
+
+
+def test_what_a_gpu_needs_besides(make_gguf):
+    """f16 copies of one layer for prefill: of quantized types all of it, of ours some KV heads; f16 itself is read in place."""
+    meta = read_model(make_gguf())
+    layer, heads, n_ctx = meta.layers[0], meta.heads_kv[0], 1 << 20
+    whole = 2 * n_ctx * (layer.k_values + layer.v_values)
+    assert fit.gpu_bytes(meta, spec("f16"), n_ctx) == fit.GPU_BASE
+    assert fit.gpu_bytes(meta, spec("q4_0"), n_ctx) == fit.GPU_BASE + whole
+    assert fit.gpu_bytes(meta, spec("q8_0:f16"), n_ctx) == fit.GPU_BASE + 2 * n_ctx * layer.k_values
+    ours = fit.gpu_bytes(meta, spec("seqkv3"), n_ctx) - fit.GPU_BASE
+    assert ours % (whole // heads) == 0 and (ours <= fit.GPU_SCRATCH or ours == whole // heads)
+    assert fit.gpu_bytes(meta, spec("seqkv3"), 256) == fit.GPU_BASE + whole * 256 // n_ctx  # all heads at once
+    settings = fit.Settings(gpu=True)
+    more = fit.need(meta, spec("q4_0"), 4096, BITS, settings).total - fit.need(meta, spec("q4_0"), 4096, BITS).total
+    assert more == fit.gpu_bytes(meta, spec("q4_0"), 4096)
+
+
+def test_scratch_is_that_of_the_kernels():
+    source = (Path(__file__).resolve().parents[1] / "native/cuda/seqkv-prefill.cu").read_text()
+    assert f"SCRATCH = {fit.GPU_SCRATCH >> 20}u << 20;" in source
