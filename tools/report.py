@@ -66,9 +66,21 @@ def speed(file: str = "speed.json") -> str:
 def cuda_shapes() -> str:
     body = []
     for shape, rows in json.loads((ROOT / "docs/cuda-shapes.json").read_text()).items():
-        f16 = {r["depth"]: r["decode_tps"] for r in rows if r["kv"] == "f16"}
-        body += [[shape, r["kv"], f"{r['depth']:,}", f"{r['decode_tps']:.0f}", f"{r['decode_tps'] / f16[r['depth']]:.2f}"] for r in rows]
+        body += [[shape, r["kv"], f"{r['depth']:,}", f"{r['decode_tps']:.0f}", "" if r["decode_ratio"] is None else f"{r['decode_ratio']:.2f}"] for r in rows]
     return table(["shape", "KV cache", "depth", "decode", "to f16"], body)
+
+
+def fits() -> str:
+    rows = json.loads((ROOT / "docs/fits.json").read_text())
+    kinds = list(dict.fromkeys(r["kv"] for r in rows))
+    cell = {(r["model"], r["memory"], r["kv"]): r for r in rows}
+    body = []
+    for model, memory in dict.fromkeys((r["model"], r["memory"]) for r in rows):
+        row = [cell[model, memory, kv] for kv in kinds]
+        used = [r["measured"] / memory for r in row if r["measured"]]
+        shown = f"{100 * min(used):.0f} to {100 * max(used):.0f} %" + (", full" if row[0]["filled"] else "") if used else ""
+        body.append([model, f"{memory >> 30} GiB"] + [f"{r['ctx']:,}" if r["ctx"] else "-" for r in row] + [shown])
+    return table(["model", "memory", *kinds, "in use, measured"], body)
 
 
 def cuda_quality() -> str:
@@ -161,9 +173,8 @@ def retrieval() -> str:
 TABLES = {
     "quality": quality, "quality_f32": lambda: quality("quality-f32.json"), "speed": speed, "speed_1b": lambda: speed("speed-1b.json"),
     "speed_1b_2048": lambda: speed("speed-1b-2048.json"), "speed_1b_4096": lambda: speed("speed-1b-4096.json"),
-    "speed_1b_512": lambda: speed("speed-1b-512.json"),
     "speed_8b": lambda: speed("speed-8b.json"), "cuda": lambda: speed("cuda.json"),
-    "cuda_deep": lambda: speed("cuda-deep.json"), "cuda_2048": lambda: speed("cuda-2048.json"), "cuda_shapes": cuda_shapes,
+    "cuda_deep": lambda: speed("cuda-deep.json"), "cuda_2048": lambda: speed("cuda-2048.json"), "cuda_shapes": cuda_shapes, "fits": fits,
     "cuda_quality": cuda_quality, "store": lambda: store("store.json"), "tiers": tiers, "ratios": ratios, "memory": memory, "drift": drift, "texts": texts,
     "outliers": outliers, "greedy": greedy, "retrieval": retrieval,
 }  # fmt: skip
