@@ -67,11 +67,13 @@ class Cases:
         lib.metal_text.argtypes = lib.metal_close.argtypes = [ctypes.c_void_p]
         lib.metal_error.argtypes = lib.metal_differs.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
         self.names = [lib.metal_case(i).decode() for i in range(lib.metal_n_cases())]
+        self.small = [i for i, name in enumerate(self.names) if int(re.search(r"\bn_tokens=(\d+)", name).group(1)) < 1000]
+        """those that are emulated: the others are about an order of rows that CUDA alone has"""
 
     def select(self, op: str, **at_most: int) -> list[int]:
         """Cases of an op whose parameters are not larger than given."""
-        return [i for i, name in enumerate(self.names)
-                if name.startswith(op) and all(int(re.search(rf"\b{k}=(\d+)", name).group(1)) <= n for k, n in at_most.items())]  # fmt: skip
+        return [i for i in self.small
+                if self.names[i].startswith(op) and all(int(re.search(rf"\b{k}=(\d+)", self.names[i]).group(1)) <= n for k, n in at_most.items())]  # fmt: skip
 
     def run(self, i: int, kernels: dict[str, emulator.Library], schedule: int) -> tuple[float, float, int, dict[str, dict[str, int]]]:
         """Error, the most that is allowed, bytes that differ, and counters by kernel."""
@@ -159,7 +161,7 @@ def test_prefill(cases: Cases, kernels: dict[str, emulator.Library]) -> None:
 
 @pytest.mark.slow
 def test_every_order_of_threads(cases: Cases, kernels: dict[str, emulator.Library]) -> None:
-    for i in range(len(cases.names)):
+    for i in cases.small:
         for schedule in (0, 1, 5):
             error, allowed, _, _ = cases.run(i, kernels, schedule)
             assert error <= allowed, (cases.names[i], schedule)

@@ -8,6 +8,8 @@
 
 static constexpr size_t SCRATCH = 256u << 20; // bytes of expanded rows at a time, more only where one KV head needs more
 static constexpr int    PAD     = 256;        // upstream's kernels are fastest on multiples of it
+static constexpr int    SKIP_TOKENS = 1024;   // from so many tokens on they skip masked rows at the end of the axis
+static constexpr int    TURNS       = 4;      // times as many cells as exact rows: with more, a copy of the mask in another order costs what it saves
 
 static constexpr int WARP_ROWS   = 16;
 static constexpr int EXPAND_ROWS = WARPS*WARP_ROWS; // of a block
@@ -189,9 +191,25 @@ SEQKV_FN void write_rows(const row_values<D> & acc, const int32_t (&used)[2], ha
     }
 }
 
+// The order in which blocks of EXPAND_ROWS rows are expanded: the last n_turns blocks of cells and of exact rows take turns. Of a long
+// ubatch a token attends to few of its exact rows, right behind the cells of about the tokens before it: what upstream's kernels
+// need not look at is then at the end of the axis, which is where they skip.
+struct row_order {
+    int n_cells, n_exact, n_turns; // blocks
+
+    // block of the virtual axis at place b
+    __device__ __forceinline__ int operator()(int b) const {
+        const int cells = n_cells - n_turns, ahead = cells + n_exact - n_turns, i = b - ahead;
+        if (n_turns == 0 || b < cells || i >= 2*n_turns) {
+            return b;
+        }
+        return i < 0 ? b + n_turns : i%2 ? n_cells + n_exact - n_turns + i/2 : cells + i/2;
+    }
+};
+
 // Rows of the virtual axis and of its padding -> k_out, v_out (n_stream, heads of the batch, n_rows, D). blockIdx: (rows, head, stream)
 template <int D>
-static __global__ void __launch_bounds__(WARPS*WARP_SIZE, D == 256 ? 2 : 4) expand_f16_kernel(seqkv_view a, int h0, int n_rows, half * k_out, half * v_out) {
+static __global__ void __launch_bounds__(WARPS*WARP_SIZE, D == 256 ? 2 : 4) expand_f16_kernel(seqkv_view a, int h0, int n_rows, row_order order, half * k_out, half * v_out) {
     constexpr int LD = D + 8;
     extern __shared__ __align__(16) half smem_h[];
     const int warp = threadIdx.x/WARP_SIZE, lane = threadIdx.x%WARP_SIZE, g = lane/4, t = lane%4;
@@ -200,8 +218,8 @@ static __global__ void __launch_bounds__(WARPS*WARP_SIZE, D == 256 ? 2 : 4) expa
     half * z     = smem_h + EXPAND_ROWS*PITCH + warp*WARP_ROWS*LD;
     half * chunk = smem_h + EXPAND_ROWS*(PITCH + LD);        // (64, LD), with a profile
 
-    const int h = h0 + blockIdx.y, s = blockIdx.z, first = blockIdx.x*EXPAND_ROWS + warp*WARP_ROWS;
-    const int64_t at = (((int64_t) s*gridDim.y + blockIdx.y)*n_rows + first)*D;
+    const int h = h0 + blockIdx.y, s = blockIdx.z, first = order(blockIdx.x)*EXPAND_ROWS + warp*WARP_ROWS;
+    const auto out_at = [&]() { return (((int64_t) s*gridDim.y + blockIdx.y)*n_rows + blockIdx.x*EXPAND_ROWS + warp*WARP_ROWS)*D; }; // of k_out, v_out
     const int32_t meta = first + lane%WARP_ROWS < a.n_virt ? a.meta[(int64_t) s*a.n_virt + first + lane%WARP_ROWS] : -1;
     const int32_t cell = first + lane%WARP_ROWS < a.p.n_kv ? meta : -1;
     const bool    cells = __any_sync(0xffffffff, cell >= 0);
@@ -229,7 +247,7 @@ static __global__ void __launch_bounds__(WARPS*WARP_SIZE, D == 256 ? 2 : 4) expa
         decode_rows<D>(a, true, s, h, first, cell, raw, rows_k, z);
     }
     if (a.form_k == SEQKV_DENSE) {
-        if ((int) blockIdx.x*EXPAND_ROWS < a.p.n_kv) { // all warps of the block
+        if (first - warp*WARP_ROWS < a.p.n_kv) { // all warps of the block
             dense_rows<D>(a.tables.dec(h), z, chunk, acc);
         }
     } else if (cells && a.form_k == SEQKV_HADAMARD) {
@@ -273,7 +291,7 @@ static __global__ void __launch_bounds__(WARPS*WARP_SIZE, D == 256 ? 2 : 4) expa
             }
         }
     }
-    write_rows<D>(acc, used, z, in_registers ? k_out + at : nullptr);
+    write_rows<D>(acc, used, z, in_registers ? k_out + out_at() : nullptr);
     if (!in_registers) { // pairs of a part of the head: neighbours are in other lanes
         for (int i = lane; i < WARP_ROWS*D; i += WARP_SIZE) {
             const int r = i/D, k = i%D, half_rot = a.p.n_rot/2;
@@ -285,7 +303,7 @@ static __global__ void __launch_bounds__(WARPS*WARP_SIZE, D == 256 ? 2 : 4) expa
                 const float  other  = __half2float(z[r*LD + (second ? k - half_rot : k + half_rot)]);
                 x = second ? other*rot.y + x*rot.x : x*rot.x - other*rot.y;
             }
-            k_out[at + i] = __float2half(x);
+            k_out[out_at() + i] = __float2half(x);
         }
         __syncwarp();
     }
@@ -318,16 +336,26 @@ static __global__ void __launch_bounds__(WARPS*WARP_SIZE, D == 256 ? 2 : 4) expa
             exact_row<D>(exact_at(e) + a.p.n_head_kv*D, e, acc);
         }
     }
-    write_rows<D>(acc, used, z, v_out + at);
+    write_rows<D>(acc, used, z, v_out + out_at());
 }
 
-// mask rows -> rows of n_rows, -inf behind their end
-static __global__ void pad_mask_kernel(const char * mask, int64_t nb1, int64_t nb3, int n_virt, half * dst, int n_rows) {
+// mask rows -> rows of n_rows in that order, -inf behind their end; 8 columns a thread
+static __global__ void order_mask_kernel(const char * mask, int64_t nb1, int64_t nb3, int n_virt, half * dst, int n_rows, row_order order) {
     const half * row = (const half *) (mask + blockIdx.z*nb3 + blockIdx.y*nb1);
-    const int j = blockIdx.x*blockDim.x + threadIdx.x;
-    if (j < n_rows) {
-        dst[((int64_t) blockIdx.z*gridDim.y + blockIdx.y)*n_rows + j] = j < n_virt ? row[j] : __float2half(-INFINITY);
+    const int i = 8*(blockIdx.x*blockDim.x + threadIdx.x);
+    if (i >= n_rows) {
+        return;
     }
+    const int j = order(i/EXPAND_ROWS)*EXPAND_ROWS + i%EXPAND_ROWS;
+    __align__(16) half x[8];
+    if (j + 8 <= n_virt && ((uintptr_t) (row + j) & 15) == 0) {
+        *(uint4 *) x = *(const uint4 *) (row + j);
+    } else {
+        for (int k = 0; k < 8; ++k) {
+            x[k] = j + k < n_virt ? row[j + k] : __float2half(-INFINITY);
+        }
+    }
+    *(uint4 *) (dst + ((int64_t) blockIdx.z*gridDim.y + blockIdx.y)*n_rows + i) = *(const uint4 *) x;
 }
 
 // output (tokens, heads of the batch, dv) -> dst (tokens, n_head, dv)
@@ -392,9 +420,9 @@ bool seqkv_prefill_supported(int device, const ggml_tensor * dst) {
     return ggml_cuda_flash_attn_ext_supported(device, &op.dst);
 }
 
-template <int D> static void expand(const seqkv_view & a, int h0, int n_heads, int n_rows, half * k, half * v, cudaStream_t stream) {
+template <int D> static void expand(const seqkv_view & a, int h0, int n_heads, int n_rows, row_order order, half * k, half * v, cudaStream_t stream) {
     CUDA_SET_SHARED_MEMORY_LIMIT((expand_f16_kernel<D>), expand_smem(D, true));
-    expand_f16_kernel<D><<<dim3(n_rows/EXPAND_ROWS, n_heads, a.n_stream), WARPS*WARP_SIZE, expand_smem(D, a.form_k == SEQKV_DENSE), stream>>>(a, h0, n_rows, k, v);
+    expand_f16_kernel<D><<<dim3(n_rows/EXPAND_ROWS, n_heads, a.n_stream), WARPS*WARP_SIZE, expand_smem(D, a.form_k == SEQKV_DENSE), stream>>>(a, h0, n_rows, order, k, v);
 }
 
 void seqkv_prefill(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
@@ -410,9 +438,13 @@ void seqkv_prefill(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
     ggml_cuda_pool_alloc<half>  v   (ctx.pool(), n_heads*head);
     ggml_cuda_pool_alloc<half>  mask(ctx.pool());
     ggml_cuda_pool_alloc<float> out (ctx.pool());
-    if (dst->src[3]->ne[0] < n_rows) {
+    row_order order = { a.p.n_kv/EXPAND_ROWS, (a.n_virt - a.p.n_kv + EXPAND_ROWS - 1)/EXPAND_ROWS, 0 };
+    if (a.n_tokens >= SKIP_TOKENS && a.p.n_kv%EXPAND_ROWS == 0 && order.n_cells <= TURNS*order.n_exact) {
+        order.n_turns = std::min(order.n_cells, order.n_exact);
+    }
+    if (dst->src[3]->ne[0] < n_rows || order.n_turns) {
         mask.alloc(n_tokens*n_rows);
-        pad_mask_kernel<<<dim3((n_rows + 255)/256, a.n_tokens, a.n_stream), 256, 0, stream>>>(a.mask, a.mask_nb1, a.mask_nb3, a.n_virt, mask.get(), n_rows);
+        order_mask_kernel<<<dim3((n_rows/8 + 127)/128, a.n_tokens, a.n_stream), 128, 0, stream>>>(a.mask, a.mask_nb1, a.mask_nb3, a.n_virt, mask.get(), n_rows, order);
     }
     if (n_heads < a.p.n_head_kv) {
         out.alloc(n_tokens*n_heads*a.group*a.p.dv);
@@ -421,9 +453,9 @@ void seqkv_prefill(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
     for (int h0 = 0; h0 < a.p.n_head_kv; h0 += n_heads) {
         const int n = std::min(n_heads, a.p.n_head_kv - h0);
         switch (a.p.dk) {
-            case 64:  expand< 64>(a, h0, n, n_rows, k.get(), v.get(), stream); break;
-            case 128: expand<128>(a, h0, n, n_rows, k.get(), v.get(), stream); break;
-            default:  expand<256>(a, h0, n, n_rows, k.get(), v.get(), stream); break;
+            case 64:  expand< 64>(a, h0, n, n_rows, order, k.get(), v.get(), stream); break;
+            case 128: expand<128>(a, h0, n, n_rows, order, k.get(), v.get(), stream); break;
+            default:  expand<256>(a, h0, n, n_rows, order, k.get(), v.get(), stream); break;
         }
         expanded_op op(dst, h0, n, n_rows, k.get(), v.get(), mask.ptr ? mask.get() : (void *) a.mask, out.ptr ? out.get() : a.dst);
         if (!mask.ptr) {

@@ -252,5 +252,9 @@ struct test_seqkv : public test_case {
         for (const int64_t n_tokens : { 85, 86, 127, 128, 129, 256, 300 }) {
             attn(GGML_TYPE_SEQKV3K, GGML_TYPE_SEQKV3, 64, 64, 1, n_tokens < 100 ? 3 : 2, 128, 68, n_tokens);
         }
+        // prefill of so many tokens that CUDA's rows are in another order
+        attn(GGML_TYPE_SEQKV3K, GGML_TYPE_SEQKV3, 64,  64,  1, 2, 1152, 68, 1100);
+        attn(GGML_TYPE_SEQKV2,  GGML_TYPE_SEQKV4, 128, 128, 1, 1, 2048, 68, 1030, 1, SHIFTED, false);
+        attn(GGML_TYPE_SEQKV3,  GGML_TYPE_SEQKV3, 64,  64,  1, 1, 192,  68, 1024, 1, SCRAMBLED, false);
     }
 };
