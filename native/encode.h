@@ -45,39 +45,42 @@ typedef struct {
 
 SEQKV_FN void seqkv_step(const uint32_t * SEQKV_RESTRICT nearest, const float * SEQKV_RESTRICT z, const float * SEQKV_RESTRICT inv,
                          const float (* SEQKV_RESTRICT cost)[SEQKV_LANES], float (* SEQKV_RESTRICT next)[SEQKV_LANES],
-                         uint32_t * SEQKV_RESTRICT levels, uint32_t * SEQKV_RESTRICT older) {
+                         uint32_t * SEQKV_RESTRICT levels, uint32_t * SEQKV_RESTRICT older, const int lanes) {
     // several loops: not every compiler vectorises the look-up, nor two clamps in a row, and these should not keep it from the rest
     float   t[SEQKV_LANES];
     int32_t k[SEQKV_LANES];
     SEQKV_LANE_LOOP
-    for (int j = 0; j < SEQKV_LANES; ++j) {
+    for (int j = 0; j < lanes; ++j) {
         float f = z[j]*inv[j];
         f = f < 2048.0f ? f : 2048.0f; // reached only beyond the gain range: errors stay comparable
         f = f > -2048.0f ? f : -2048.0f;
         t[j] = f;
     }
     SEQKV_LANE_LOOP
-    for (int j = 0; j < SEQKV_LANES; ++j) {
+    for (int j = 0; j < lanes; ++j) {
         float f = 2.0f*t[j] + 256.0f;
         f = f > 0.0f   ? f : 0.0f;
         f = f < 511.0f ? f : 511.0f;
         k[j] = (int32_t) f;
     }
 #if defined(__AVX512F__)
-    _mm512_storeu_si512(levels, _mm512_mask_i32gather_epi32(_mm512_setzero_si512(), 0xffff, _mm512_loadu_si512(k), nearest, 4));
-#elif defined(__AVX2__)
-    for (int j = 0; j < SEQKV_LANES; j += 8) {
+    if (lanes == 16) {
+        _mm512_storeu_si512(levels, _mm512_mask_i32gather_epi32(_mm512_setzero_si512(), 0xffff, _mm512_loadu_si512(k), nearest, 4));
+    } else
+#endif
+#if defined(__AVX2__)
+    for (int j = 0; j < lanes; j += 8) {
         const __m256i at = _mm256_loadu_si256((const __m256i *) (k + j));
         _mm256_storeu_si256((__m256i *) (levels + j), _mm256_i32gather_epi32((const int *) nearest, at, 4));
     }
 #else
     SEQKV_LANE_LOOP
-    for (int j = 0; j < SEQKV_LANES; ++j) {
+    for (int j = 0; j < lanes; ++j) {
         levels[j] = nearest[k[j]];
     }
 #endif
     SEQKV_LANE_LOOP
-    for (int j = 0; j < SEQKV_LANES; ++j) {
+    for (int j = 0; j < lanes; ++j) {
         const uint32_t l = levels[j];
         float e[4];
         e[0] = t[j] - (float) ((int32_t) (l << 24) >> 24);
@@ -102,26 +105,26 @@ SEQKV_FN void seqkv_step(const uint32_t * SEQKV_RESTRICT nearest, const float * 
 }
 #undef SEQKV_STEP
 
-// Best path of n values z (n, SEQKV_LANES) for each lane: end[j] its last state, err[j] its squared error, in units of the levels.
+// Best path of n values z (n, SEQKV_LANES) for each of the first `lanes` lanes, a constant: end[j] its last state, err[j] its squared error, in units of the levels.
 SEQKV_FN void seqkv_search(const uint32_t * nearest, const float (*z)[SEQKV_LANES], int n, const float * inv,
-                           seqkv_paths * paths, int32_t * end, float * err) {
+                           seqkv_paths * paths, int32_t * end, float * err, const int lanes) {
     float cost[2][8][SEQKV_LANES];
     for (int s = 0; s < 8; ++s) {
-        for (int j = 0; j < SEQKV_LANES; ++j) {
+        for (int j = 0; j < lanes; ++j) {
             cost[0][s][j] = s == 0 ? 0.0f : 1e30f; // a path begins in state 0; errors stay below 1e9
         }
     }
     for (int i = 0; i < n; i += 2) {
-        seqkv_step(nearest, z[i],     inv, (const float (*)[SEQKV_LANES]) cost[0], cost[1], paths->levels[i],     paths->older[i]);
-        seqkv_step(nearest, z[i + 1], inv, (const float (*)[SEQKV_LANES]) cost[1], cost[0], paths->levels[i + 1], paths->older[i + 1]);
+        seqkv_step(nearest, z[i],     inv, (const float (*)[SEQKV_LANES]) cost[0], cost[1], paths->levels[i],     paths->older[i],     lanes);
+        seqkv_step(nearest, z[i + 1], inv, (const float (*)[SEQKV_LANES]) cost[1], cost[0], paths->levels[i + 1], paths->older[i + 1], lanes);
     }
-    for (int j = 0; j < SEQKV_LANES; ++j) {
+    for (int j = 0; j < lanes; ++j) {
         err[j] = cost[0][0][j];
         end[j] = 0;
     }
     for (int s = 1; s < 8; ++s) {
         SEQKV_LANE_LOOP
-        for (int j = 0; j < SEQKV_LANES; ++j) {
+        for (int j = 0; j < lanes; ++j) {
             end[j] = cost[0][s][j] < err[j] ? s : end[j];
             err[j] = cost[0][s][j] < err[j] ? cost[0][s][j] : err[j];
         }
@@ -180,7 +183,8 @@ static inline void seqkv_encode_group(int B, int graded, const float (*z)[SEQKV_
         int32_t end[SEQKV_LANES];
         float   zt [SEQKV_BLOCK][SEQKV_LANES];
         int     block[SEQKV_LANES];
-        for (int j = 0; j < SEQKV_LANES; ++j) {
+        const int lanes = n_tries - t0 > SEQKV_LANES/2 ? SEQKV_LANES : SEQKV_LANES/2;
+        for (int j = 0; j < lanes; ++j) {
             const int t = t0 + j < n_tries ? t0 + j : n_tries - 1;
             block[j] = t % n_blocks;
             g[j]     = first[block[j]] + offset[t/n_blocks];
@@ -190,12 +194,17 @@ static inline void seqkv_encode_group(int B, int graded, const float (*z)[SEQKV_
         }
         if (n_blocks < SEQKV_LANES) {
             for (int i = 0; i < n; ++i) {
-                for (int j = 0; j < SEQKV_LANES; ++j) {
+                for (int j = 0; j < lanes; ++j) {
                     zt[i][j] = z[i][block[j]];
                 }
             }
         }
-        seqkv_search(nearest, n_blocks < SEQKV_LANES ? (const float (*)[SEQKV_LANES]) zt : z, n, inv, &paths[t0/SEQKV_LANES], end, err);
+        const float (*values)[SEQKV_LANES] = n_blocks < SEQKV_LANES ? (const float (*)[SEQKV_LANES]) zt : z;
+        if (lanes == SEQKV_LANES) {
+            seqkv_search(nearest, values, n, inv, &paths[t0/SEQKV_LANES], end, err, SEQKV_LANES);
+        } else { // few blocks, as in decode
+            seqkv_search(nearest, values, n, inv, &paths[t0/SEQKV_LANES], end, err, SEQKV_LANES/2);
+        }
 
         for (int j = 0; j < SEQKV_LANES && t0 + j < n_tries; ++j) {
             const int   b = block[j];

@@ -568,6 +568,7 @@ static void unpack_values(int bits, const char * src, size_t stride, const bool 
 typedef __m512 vec; // vload8: floats of int8
 static constexpr int VEC = 16, DOT_K = 4, MAD_N = 4; // floats in a vector, rows of k and vectors of y held in registers at a time
 static inline vec vload(const float * x) { return _mm512_loadu_ps(x); }
+static inline vec vload(const ggml_fp16_t * x) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *) x)); }
 static inline void vstore(float * x, vec a) { _mm512_storeu_ps(x, a); }
 static inline vec vload8(const int8_t * x) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *) x))); }
 static inline vec vset1(float x) { return _mm512_set1_ps(x); }
@@ -589,6 +590,15 @@ static inline void sums4(float * x, vec a, vec b, vec c, vec d) {
 typedef __m256 vec;
 static constexpr int VEC = 8, DOT_K = 2, MAD_N = 2;
 static inline vec vload(const float * x) { return _mm256_loadu_ps(x); }
+static inline vec vload(const ggml_fp16_t * x) { // processors with AVX2 have F16C, but a compiler may not be told
+#    if defined(__F16C__)
+    return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *) x));
+#    else
+    float y[VEC];
+    ggml_cpu_fp16_to_fp32(x, y, VEC);
+    return _mm256_loadu_ps(y);
+#    endif
+}
 static inline void vstore(float * x, vec a) { _mm256_storeu_ps(x, a); }
 static inline vec vload8(const int8_t * x) { return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *) x))); }
 static inline vec vset1(float x) { return _mm256_set1_ps(x); }
@@ -616,6 +626,7 @@ static inline void sums4(float * x, vec a, vec b, vec c, vec d) {
 typedef float32x4_t vec;
 static constexpr int VEC = 4, DOT_K = 4, MAD_N = 4;
 static inline vec vload(const float * x) { return vld1q_f32(x); }
+static inline vec vload(const ggml_fp16_t * x) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(x))); }
 static inline void vstore(float * x, vec a) { vst1q_f32(x, a); }
 static inline vec vload8(const int8_t * x) {
     int32_t four;
@@ -635,6 +646,11 @@ static inline void sums4(float * x, vec a, vec b, vec c, vec d) { vst1q_f32(x, v
 struct vec { float x[4]; };
 static constexpr int VEC = 4, DOT_K = 2, MAD_N = 2;
 static inline vec vload(const float * x) { return { { x[0], x[1], x[2], x[3] } }; }
+static inline vec vload(const ggml_fp16_t * x) {
+    vec y;
+    ggml_cpu_fp16_to_fp32(x, y.x, VEC);
+    return y;
+}
 static inline void vstore(float * x, vec a) { memcpy(x, a.x, sizeof(a.x)); }
 static inline vec vload8(const int8_t * x) { return { { (float) x[0], (float) x[1], (float) x[2], (float) x[3] } }; }
 static inline vec vset1(float x) { return { { x, x, x, x } }; }
@@ -724,8 +740,8 @@ template <int NQ> static inline void store_sums(const vec (&sum)[NQ][DOT_K], flo
     }
 }
 
-// s (NQ, ld) = q (NQ, d) k^T, k (n, d); n a multiple of 4, d of 64
-template <int NQ> static void dot_block(const float * q, const float * k, int n, int d, float * s, int ld) {
+// s (NQ, ld) = q (NQ, d) k^T, k (n, d) of floats or f16; n a multiple of 4, d of 64
+template <int NQ, class T> static void dot_block(const float * q, const T * k, int n, int d, float * s, int ld) {
     for (int j = 0; j < n; j += DOT_K, k += DOT_K*d) {
         vec sum[NQ][DOT_K];
         for (int r = 0; r < NQ; ++r) {
@@ -752,8 +768,8 @@ template <int NQ> static void dot_block(const float * q, const float * k, int n,
     }
 }
 
-// s (nq, ld) = q (nq, d) k^T, k (n, d); n a multiple of 4, d of 64
-static void dot_rows(const float * q, const float * k, int nq, int n, int d, float * s, int ld) {
+// s (nq, ld) = q (nq, d) k^T, k (n, d) of floats or f16; n a multiple of 4, d of 64
+template <class T> static void dot_rows(const float * q, const T * k, int nq, int n, int d, float * s, int ld) {
     int r = 0;
     for (; r + 4 <= nq; r += 4) {
         dot_block<4>(q + r*d, k, n, d, s + r*ld, ld);

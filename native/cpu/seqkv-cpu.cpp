@@ -241,10 +241,14 @@ static void store_ref(const ggml_tensor * dst, const ggml_fp16_t * row, int h, i
     }
 }
 
-// Up to STORE_ROWS tokens of one head: their vectors x (n, d) to the domain of the cell, in x or z. Returns where.
+// Up to STORE_ROWS tokens of one head: their vectors x (n, d) to the domain of the cell, in x or z. Returns where. enc: as floats, or NULL
 static float * transform_rows(form_t form, const head_profile & prof, const float * enc, const int32_t * offset, int n, int d, float * x, float * z) {
     if (form == DENSE) {
-        dot_rows(x, enc, n, d, d, z, d);
+        if (enc) {
+            dot_rows(x, enc, n, d, d, z, d);
+        } else {
+            dot_rows(x, prof.enc, n, d, d, z, d);
+        }
         for (int j = 0; j < n; ++j) {
             const ggml_fp16_t * pred = prof.pred + offset[j]*d;
             for (int i = 0; i < d; ++i) {
@@ -332,7 +336,8 @@ void ggml_compute_forward_seqkv_store(const ggml_compute_params * params, ggml_t
         if (n == 0) {
             continue;
         }
-        if (form == DENSE && enc_head != h) {
+        const bool few = n < 3; // tokens, as in decode: E is read as it is
+        if (form == DENSE && enc_head != h && !few) {
             ggml_cpu_fp16_to_fp32(tables.enc, enc, d*d);
             enc_head = h;
         }
@@ -346,7 +351,7 @@ void ggml_compute_forward_seqkv_store(const ggml_compute_params * params, ggml_t
                 }
             }
         }
-        const float * y = transform_rows(form, tables, enc, offset, n, d, x, z);
+        const float * y = transform_rows(form, tables, few ? nullptr : enc, offset, n, d, x, z);
         for (int j = 0; j < n; ++j) {
             if (bits) {
                 for (int i = 0; i < d; i += SEQKV_BLOCK) {
