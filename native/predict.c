@@ -6,10 +6,16 @@
 #    pragma STDC FP_CONTRACT OFF // GCC: -std=c11 does that
 #endif
 
+#if defined(__GNUC__)
+#    define SEQKV_ALIGNED __attribute__((aligned(64))) // a line of cache
+#else
+#    define SEQKV_ALIGNED
+#endif
+
 #if defined(__GNUC__) && defined(__x86_64__)
 #    include <immintrin.h>
 #    include "predict-avx2.h" // where the processor has it
-#    define SEQKV_WIDE __builtin_cpu_supports("avx2")
+#    define SEQKV_WIDE
 #endif
 
 void seqkv_block_values(int bits, int graded, const uint8_t * block, int unit, int16_t * z) {
@@ -33,12 +39,15 @@ void seqkv_block_values(int bits, int graded, const uint8_t * block, int unit, i
 static inline int pair_first (const seqkv_layer * l, int i) { return l->neox ? i : 2*i; }
 static inline int pair_second(const seqkv_layer * l, int i) { return l->neox ? i + l->n_rot/2 : 2*i + 1; }
 
-// Sums (n, 2) of the products of two rows of weights w (2, n_in) with n rows of inputs (n, stride); n_in is a multiple of 64. Integers:
-// the same in any order.
+// To the sums (n, 2) the products of two rows of weights w (2, n_in) with n rows of inputs (n, stride); n_in is a multiple of 64.
+// Integers: the same in any order.
 static void products(const int16_t * w, const int16_t * in, int64_t stride, int n_in, int n, int32_t * sum) {
     int t = 0;
 #ifdef SEQKV_WIDE
-    if (SEQKV_WIDE) {
+    if (n >= 8 && __builtin_cpu_supports("avx512vnni")) {
+        t = n/8*8;
+        products_vnni(w, in, stride, n_in, t, sum);
+    } else if (__builtin_cpu_supports("avx2")) {
         t = n/4*4;
         products_avx2(w, in, stride, n_in, t, sum);
     }
@@ -50,8 +59,8 @@ static void products(const int16_t * w, const int16_t * in, int64_t stride, int 
             s0 += w[i]*x[i];
             s1 += w[n_in + i]*x[i];
         }
-        sum[2*t]     = s0;
-        sum[2*t + 1] = s1;
+        sum[2*t]     += s0;
+        sum[2*t + 1] += s1;
     }
 }
 
@@ -67,6 +76,7 @@ void seqkv_key_inputs(const seqkv_layer * l, int bits, const uint8_t * const * r
         }
         const int16_t * d = l->k_decode + (int64_t) h*dk*dk;
         for (int i = 0; i < dk; i += 2) {
+            memset(sum, 0, sizeof(sum));
             products(d + i*dk, z, dk, dk, n, sum);
             for (int t = 0; t < n; ++t) {
                 y[t*dk + i]     = (int16_t) seqkv_clip((sum[2*t]     + (1 << 12)) >> 13, 2*SEQKV_MAX_VALUE);
@@ -115,6 +125,7 @@ void seqkv_key_values(const seqkv_layer * l, const int16_t * x, const uint8_t * 
         const int16_t * e = l->k_encode + (int64_t) h*dk*dk;
         const int shift = l->k_shift[h];
         for (int i = 0; i < dk; i += 2) {
+            memset(sum, 0, sizeof(sum));
             products(e + i*dk, y, dk, dk, n, sum);
             for (int t = 0; t < n; ++t) {
                 z[t*width + i]     = (int16_t) seqkv_clip((sum[2*t]     + (1 << shift >> 1)) >> shift, SEQKV_MAX_VALUE);
@@ -134,16 +145,33 @@ void seqkv_predict(const seqkv_predictor * p, const int16_t * in, int stride, in
         memset(out, 0, (size_t) n*n_out*sizeof(int16_t));
         return;
     }
-    int16_t w[2*SEQKV_MAX_INPUTS];
-    int32_t sum[SEQKV_FRAME*2];
-    for (int o = 0; o < n_out; o += 2) {
-        for (int i = 0; i < 2*n_in; ++i) {
-            w[i] = p->weight[(int64_t) o*n_in + i];
+    // many outputs from some inputs at a time: these are put next to each other and stay in the cache
+    enum { OUTPUTS = 128, INPUTS = 512 };
+    SEQKV_ALIGNED int16_t w[2*INPUTS], x[SEQKV_FRAME*INPUTS];
+    int32_t sums[OUTPUTS/2][SEQKV_FRAME*2];
+    for (int first = 0; first < n_out; first += OUTPUTS) {
+        const int end = first + OUTPUTS < n_out ? first + OUTPUTS : n_out;
+        memset(sums, 0, sizeof(sums));
+        for (int i0 = 0; i0 < n_in; i0 += INPUTS) {
+            const int m = n_in - i0 < INPUTS ? n_in - i0 : INPUTS;
+            for (int t = 0; t < n; ++t) {
+                memcpy(x + t*m, in + (int64_t) t*stride + i0, m*sizeof(int16_t));
+            }
+            for (int o = first; o < end; o += 2) {
+                const int8_t * from = p->weight + (int64_t) o*n_in + i0;
+                for (int i = 0; i < m; ++i) {
+                    w[i]     = from[i];
+                    w[m + i] = from[n_in + i];
+                }
+                products(w, x, m, m, n, sums[(o - first)/2]);
+            }
         }
-        products(w, in, stride, n_in, n, sum);
-        for (int t = 0; t < n; ++t) {
-            out[(int64_t) t*n_out + o]     = scaled(sum[2*t],     p->step[o]);
-            out[(int64_t) t*n_out + o + 1] = scaled(sum[2*t + 1], p->step[o + 1]);
+        for (int o = first; o < end; o += 2) {
+            const int32_t * sum = sums[(o - first)/2];
+            for (int t = 0; t < n; ++t) {
+                out[(int64_t) t*n_out + o]     = scaled(sum[2*t],     p->step[o]);
+                out[(int64_t) t*n_out + o + 1] = scaled(sum[2*t + 1], p->step[o + 1]);
+            }
         }
     }
 }

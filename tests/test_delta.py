@@ -401,6 +401,18 @@ def test_transforms_are_each_others_inverses(neox: bool) -> None:
         delta.make_layer(np.zeros((1, 64, 64)), 64, delta.rope_table(np.ones(4)), neox, np.full(1, 128))
 
 
+def test_products_with_vectors_are_the_plain_ones(tmp_path: Path) -> None:
+    """tests/products.c: what this processor has, of AVX2 and AVX-512 VNNI, each by itself."""
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    if compiler is None:
+        pytest.skip("no C compiler")
+    program = tmp_path / "products"
+    subprocess.run([compiler, "-std=c11", "-O1", f"-I{ROOT / 'native'}", str(ROOT / "tests" / "products.c"), "-lm", "-o", str(program)], check=True)
+    done = subprocess.run([str(program)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    assert done.stdout.strip() in ("0", "1", "2")
+
+
 def test_a_frame_of_the_fuzzer(tmp_path: Path) -> None:
     """tests/fuzz/delta.c with the sanitizers, on a few pseudorandom inputs."""
     compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")

@@ -56,7 +56,7 @@ def main() -> None:
         })  # fmt: skip
         n_prev = n_k + n_v
     target = profile.beside(args.model)
-    profile.write(target, args.model, fingerprint(args.model), profile.Measured(designs, 0, ""))
+    profile.write(target, args.model, fingerprint(args.model), profile.Measured(designs, 0, "0" * 64))
     profile.add_predictors(target, layers)
     print(f"{target}: {target.stat().st_size:,} bytes")
 
