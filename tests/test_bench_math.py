@@ -307,10 +307,9 @@ def test_slope_of_decode_times():
 
 
 def test_bandwidth_of_copies_within_a_device(loaded):
-    """On the processor, whose memory numpy measures as well; a device without room has none."""
+    """On the processor, in bytes a second; a device without room has none."""
     cpu = next(i for i, device in enumerate(devices()) if not device.gpu)
-    rate, copied = copy_bandwidth(cpu, 1 << 26), speed.measure_machine(2).copy_gbs
-    assert 0.1 < rate / 1e9 / copied < 10
+    assert 1e8 < copy_bandwidth(cpu, 1 << 26) < 1e13
     assert copy_bandwidth(cpu, 1 << 50, tries=1) is None
 
 
