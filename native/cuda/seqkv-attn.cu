@@ -41,6 +41,7 @@ seqkv_view seqkv_view_of(const ggml_tensor * dst) {
     a.size_v   = (int) ggml_row_size(v->type, a.p.dv);
     a.n_head   = (int) q->ne[1];
     a.group    = a.n_head/a.p.n_head_kv;
+    a.inv_group = (65536 + a.group - 1)/a.group;
     a.n_stream = (int) k->ne[2];
     a.n_tokens = (int) (q->ne[2]/a.n_stream);
     a.n_virt   = a.p.n_kv + a.p.n_win + a.n_tokens;

@@ -23,6 +23,7 @@ struct seqkv_view {
     int bits_k, graded_k, bits_v, form_k, form_v;
     int size_k, size_v;   // bytes of a head's cell
     int n_head, group, n_stream, n_tokens, n_virt; // tokens per stream
+    int inv_group;        // 2^16/group, rounded up
 
     __device__ __forceinline__ const char * cell_k(int s, int64_t j, int h) const { return k + s*k_nb2 + j*k_nb1 + h*size_k; }
     __device__ __forceinline__ const char * cell_v(int s, int64_t j, int h) const { return v + s*v_nb2 + j*v_nb1 + h*size_v; }
@@ -32,6 +33,12 @@ struct seqkv_view {
     }
     __device__ __forceinline__ const float * query(int s, int t, int head) const {
         return (const float *) (q + head*q_nb1 + ((int64_t) s*n_tokens + t)*q_nb2);
+    }
+    // iq/group, for a query iq < 256 of a KV head: (token, head of its group). A division takes long in a short kernel.
+    __device__ __forceinline__ int token_of(int iq) const { return iq*inv_group >> 16; }
+    __device__ __forceinline__ const float * query_of(int s, int h, int iq) const {
+        const int t = token_of(iq);
+        return query(s, t, h*group + iq - t*group);
     }
     __device__ __forceinline__ const half * mask_row(int s, int t) const { return (const half *) (mask + s*mask_nb3 + t*mask_nb1); }
 };

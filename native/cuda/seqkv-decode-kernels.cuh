@@ -53,10 +53,10 @@ template <int N> SEQKV_FN void store_runs(uint32_t * dst, const uint32_t (&x)[N]
     }
 }
 
-// blockIdx: (group of frames, or behind these a part of exact rows a warp, KV head, stream)
-// overlap: the kernel before this one makes the frame rows, which exact rows alone need
+// blockIdx: (group of frames, or behind these a part of exact rows a warp, KV head, stream). per_block: frames of a block at a time; inv_nq: 2^16/nq, rounded up
+// overlap: the kernel before this one makes the frame rows, which exact rows alone need; early: and nothing else that they do
 template <int D>
-static __global__ void __launch_bounds__(query_threads(D), D == 256 ? 2 : 3) queries_kernel(seqkv_view a, frame_queries f, seqkv_parts parts, int groups, bool overlap) {
+static __global__ void __launch_bounds__(query_threads(D), D == 256 ? 2 : 3) queries_kernel(seqkv_view a, frame_queries f, seqkv_parts parts, int groups, int per_block, int inv_nq, bool overlap, bool early) {
     constexpr int  ROWS = query_rows(D), LD = D + 8, NT = query_threads(D), CHUNK = query_chunk(D), COLUMNS = D/2;
     constexpr bool RESIDENT = query_resident(D);
     extern __shared__ __align__(16) half smem_h[];
@@ -72,10 +72,15 @@ static __global__ void __launch_bounds__(query_threads(D), D == 256 ? 2 : 3) que
 
     if ((int) blockIdx.x >= groups) {
         const int part = (blockIdx.x - groups)*(NT/WARP_SIZE) + warp, j0 = a.p.n_kv + part*EXACT;
-        ggml_cuda_pdl_sync();
+        if (!early) {
+            ggml_cuda_pdl_sync();
+        }
         ggml_cuda_pdl_lc();
         if (j0 < a.n_virt) {
-            exact_part<D>(a, parts, (float *) smem_h + warp*EXACT*D, s, h, 0, nq, j0, parts.n_z + part);
+            exact_part<D>(a, parts, (float *) smem_h + warp*EXACT*D, s, h, 0, nq, j0, parts.n_z + part, early);
+        }
+        if (early) {
+            ggml_cuda_pdl_sync();
         }
         return;
     }
@@ -84,7 +89,7 @@ static __global__ void __launch_bounds__(query_threads(D), D == 256 ? 2 : 3) que
     // where a row's results go, counted from the block's first frame: words of digits, rows of pred and scale
     __shared__ int row_digits[ROWS], row_query[ROWS];
     for (int r = threadIdx.x; r < ROWS; r += NT) {
-        const int frame = r/nq, iq = r%nq;
+        const int frame = r*inv_nq >> 16, iq = r - frame*nq;
         row_digits[r] = frame*a.p.n_head_kv*f.n4*D*2 + iq/4*D*2 + iq%4*32;
         row_query [r] = frame*a.p.n_head_kv*f.n4*4 + iq;
     }
@@ -115,11 +120,11 @@ static __global__ void __launch_bounds__(query_threads(D), D == 256 ? 2 : 3) que
     ggml_cuda_pdl_lc();
     for (int i = threadIdx.x; i < nq*(D/4); i += NT) {
         const int iq = i/(D/4);
-        copy_async16((float4 *) q + i, (const float4 *) a.query(s, iq/a.group, h*a.group + iq%a.group) + i%(D/4));
+        copy_async16((float4 *) q + i, (const float4 *) a.query_of(s, h, iq) + i%(D/4));
     }
 
-    for (int frame0 = blockIdx.x*(ROWS/nq); frame0 < f.n_frames; frame0 += groups*(ROWS/nq)) {
-        const int n_frames = min(ROWS/nq, f.n_frames - frame0);
+    for (int frame0 = blockIdx.x*per_block; frame0 < f.n_frames; frame0 += groups*per_block) {
+        const int n_frames = min(per_block, f.n_frames - frame0);
         const int n_rows   = n_frames*nq;
         if (!RESIDENT) {
             __syncthreads();
@@ -294,11 +299,6 @@ SEQKV_FN int warp_min(int x) {
 SEQKV_FN int warp_max(int x) { return ~warp_min(~x); }
 
 static constexpr __host__ __device__ int step_keys(int d) { return d == 64 ? 32 : 16; } // keys unpacked at a time
-// pieces of 16 bytes that a cell of these types has at most, where rows and heads begin at multiples of 16 bytes and of its size
-static constexpr __host__ __device__ int cell_pieces(int d, int bits, int graded) {
-    const int size = d/64*(1 + graded + 8*bits), aligned = size & -size;
-    return bits == 0 ? 0 : (size + (aligned < 16 ? 16 - aligned : 0) + 15)/16;
-}
 static constexpr __host__ __device__ int max_nt   (int d) { return d == 256 ? 2 : 4; }  // tiles of 4 queries of a block
 static constexpr __host__ __device__ int min_blocks(int d, int nt) { return d == 256 || nt == 4 ? 2 : nt == 2 ? 3 : 4; } // of a multiprocessor
 
@@ -322,11 +322,16 @@ template <int D, int NT> struct warp_smem {
     };
 };
 
+// Tiles of a block: each of them, one more in the first rest blocks
+struct block_tiles {
+    int each, rest;
+};
+
 // blockIdx: (part, KV head, stream x chunk of 4*NT queries). D: head_dim of keys and values.
-// KIND: twice the bits of both types, plus 1 if keys are graded; 0: any types
+// KIND: of the types, see decode_kinds
 // early: no kernel of this graph before this one writes cells
 template <int D, int NT, int KIND>
-static __global__ void __launch_bounds__(THREADS, min_blocks(D, NT)) decode_kernel(seqkv_view a, frame_queries f, seqkv_parts parts, int n_chunks, bool early) {
+static __global__ void __launch_bounds__(THREADS, min_blocks(D, NT)) decode_kernel(seqkv_view a, frame_queries f, seqkv_parts parts, block_tiles tiles, int n_chunks, bool early) {
     using smem_t = warp_smem<D, NT>;
     constexpr int NB = smem_t::NB, KEYS = smem_t::KEYS, ROWS = smem_t::ROWS, PITCH = smem_t::PITCH, LDK = smem_t::LDK, LDV = smem_t::LDV;
     constexpr int MT = KEYS/16, DT = D/16, BITS = KIND/2, GRADED = KIND%2;
@@ -338,21 +343,16 @@ static __global__ void __launch_bounds__(THREADS, min_blocks(D, NT)) decode_kern
         ggml_cuda_pdl_sync();
     }
     ggml_cuda_pdl_lc();
-    const int h = blockIdx.y, s = blockIdx.z/n_chunks, q0 = blockIdx.z%n_chunks*4*NT;
+    const int h = blockIdx.y, s = n_chunks == 1 ? blockIdx.z : blockIdx.z/n_chunks, q0 = (blockIdx.z - s*n_chunks)*4*NT;
     const int nq = a.n_tokens*a.group;
     const int warp = threadIdx.x/WARP_SIZE, lane = threadIdx.x%WARP_SIZE, g = lane/4, t = lane%4;
     smem_t & sm = ((smem_t *) smem_raw)[warp];
     const bool  dense   = a.form_k == SEQKV_DENSE;
-    const int   n_tiles = (a.p.n_kv + TILE - 1)/TILE;
-    const int   tile0 = (int64_t) blockIdx.x*n_tiles/parts.n_z, tile1 = (int64_t) (blockIdx.x + 1)*n_tiles/parts.n_z;
+    const int   tile0 = blockIdx.x*tiles.each + min((int) blockIdx.x, tiles.rest), tile1 = tile0 + tiles.each + ((int) blockIdx.x < tiles.rest);
     const int32_t * meta = a.meta + (int64_t) s*a.n_virt;
     const int   bits_v  = BITS ? BITS : a.bits_v;
     const int   block_k = a.size_k/NB, block_v = a.size_v/NB;
     const float log2e = 1.44269504f, scale2 = a.p.scale*log2e;
-    __shared__ __align__(16) uint32_t tables[2*TABLE_WORDS]; // levels of keys, of values
-    load_level_tables(BITS ? BITS : a.bits_k, BITS ? GRADED : a.graded_k, bits_v, tables);
-    __syncthreads();
-
     constexpr int PIECES = cell_pieces(D, BITS, GRADED);
     static_assert(cell_pieces(D, BITS, 0) <= PIECES && 16*PIECES <= PITCH, "values have no more");
     using loader = row_loader<PITCH, PIECES>;
@@ -417,7 +417,7 @@ static __global__ void __launch_bounds__(THREADS, min_blocks(D, NT)) decode_kern
     int  seen[NT]; // bit of this lane's query in a cell's word
 #pragma unroll
     for (int n = 0; n < NT; ++n) {
-        seen[n] = q0 + 4*n + t < nq ? 256 << (q0 + 4*n + t)/a.group : 0;
+        seen[n] = q0 + 4*n + t < nq ? 256 << a.token_of(q0 + 4*n + t) : 0;
     }
 
     float m[NT], l[NT];
@@ -436,6 +436,9 @@ static __global__ void __launch_bounds__(THREADS, min_blocks(D, NT)) decode_kern
     int place = 0; // of K 0 among the three
     load_three(place, first_tile);
     load_meta(first_tile);
+    __shared__ __align__(16) uint32_t tables[2*TABLE_WORDS]; // levels of keys, of values
+    load_level_tables(BITS ? BITS : a.bits_k, BITS ? GRADED : a.graded_k, bits_v, tables);
+    __syncthreads();
     if (early) {
         ggml_cuda_pdl_sync();
     }
@@ -745,7 +748,7 @@ static __global__ void __launch_bounds__(THREADS, min_blocks(D, NT)) decode_kern
     }
 
     copy_wait();
-    static_assert(4*NT*D*sizeof(float) <= sizeof(smem_t), "sums of a warp");
+    static_assert(4*NT*merge_pitch(D)*sizeof(float) <= sizeof(smem_t), "sums of a warp");
     merge_warps<D, NT>(a, parts, (float *) smem_raw, m, l, acc, s, h, q0, blockIdx.x);
 }
 
@@ -798,28 +801,18 @@ static void decode_case(ggml_backend_cuda_context & ctx, const ggml_tensor * dst
     const int exact  = (n_exact + query_threads(D)/WARP_SIZE - 1)/(query_threads(D)/WARP_SIZE);
     const int groups = std::min((f.n_frames + frames - 1)/frames, std::max(1, 3*nsm/(a.p.n_head_kv*a.n_stream) - exact));
     ggml_cuda_kernel_launch(queries_kernel<D>, ggml_cuda_kernel_launch_params(dim3(groups + exact, a.p.n_head_kv, a.n_stream), dim3(query_threads(D)), smem_q, stream),
-        a, f, parts, groups, overlap);
+        a, f, parts, groups, frames, (65536 + nq - 1)/nq, overlap, overlap && a.p.stored_before);
     ggml_cuda_kernel_launch((decode_kernel<D, NT, KIND>), ggml_cuda_kernel_launch_params(dim3(parts.n_z, a.p.n_head_kv, a.n_stream*n_chunks), dim3(THREADS), smem, stream),
-        a, f, parts, n_chunks, overlap && a.p.stored_before);
+        a, f, parts, block_tiles { n_tiles/parts.n_z, n_tiles%parts.n_z }, n_chunks, overlap && a.p.stored_before);
     seqkv_combine(ctx, a, parts, rows);
 }
 
-// the types of one live type, with and without a profile, have kernels of their own
 template <int D, int NT> static void decode_types(ggml_backend_cuda_context & ctx, const ggml_tensor * dst, const ggml_tensor * rows, bool overlap) {
     if constexpr (D < 256) {
-        const ggml_type k = dst->src[1]->type, v = dst->src[2]->type;
-        const int bits = ggml_seqkv_bits(v);
-        switch (ggml_seqkv_bits(k) != bits ? 0 : 2*bits + ggml_seqkv_graded(k)) {
-            case 4: decode_case<D, NT, 4>(ctx, dst, rows, overlap); return;
-            case 5: decode_case<D, NT, 5>(ctx, dst, rows, overlap); return;
-            case 6: decode_case<D, NT, 6>(ctx, dst, rows, overlap); return;
-            case 7: decode_case<D, NT, 7>(ctx, dst, rows, overlap); return;
-            case 8: decode_case<D, NT, 8>(ctx, dst, rows, overlap); return;
-            case 9: decode_case<D, NT, 9>(ctx, dst, rows, overlap); return;
-            default: break;
-        }
+        decode_kinds(dst, [&](auto kind) { decode_case<D, NT, decltype(kind)::value>(ctx, dst, rows, overlap); });
+    } else {
+        decode_case<D, NT, 0>(ctx, dst, rows, overlap);
     }
-    decode_case<D, NT, 0>(ctx, dst, rows, overlap);
 }
 
 template <int D> void seqkv_decode_heads(ggml_backend_cuda_context & ctx, const ggml_tensor * dst, const ggml_tensor * rows, bool overlap, int n_queries) {

@@ -15,8 +15,30 @@ static constexpr int BYTES    = 65530;    // largest value of two bytes, with ro
 // One kernel for all, seqkv-short.cu; false: not for this op, nothing was done. n_queries: of a KV head
 bool seqkv_decode_short(ggml_backend_cuda_context & ctx, const ggml_tensor * dst, const ggml_tensor * rows, bool overlap, int n_queries);
 
+// pieces of 16 bytes that a cell of these types has at most, where rows and heads begin at multiples of 16 bytes and of its size
+static constexpr __host__ __device__ int cell_pieces(int d, int bits, int graded) {
+    const int size = d/64*(1 + graded + 8*bits), aligned = size & -size;
+    return bits == 0 ? 0 : (size + (aligned < 16 ? 16 - aligned : 0) + 15)/16;
+}
+
+// f(std::integral_constant of the kind): twice the bits of both types, plus 1 if keys are graded, for the types of one live type, with and without a
+// profile, which have kernels of their own; 0: any types
+template <typename F> static auto decode_kinds(const ggml_tensor * dst, F f) {
+    const int bits = ggml_seqkv_bits(dst->src[2]->type);
+    switch (ggml_seqkv_bits(dst->src[1]->type) != bits ? 0 : 2*bits + ggml_seqkv_graded(dst->src[1]->type)) {
+        case 4:  return f(std::integral_constant<int, 4>());
+        case 5:  return f(std::integral_constant<int, 5>());
+        case 6:  return f(std::integral_constant<int, 6>());
+        case 7:  return f(std::integral_constant<int, 7>());
+        case 8:  return f(std::integral_constant<int, 8>());
+        case 9:  return f(std::integral_constant<int, 9>());
+        default: return f(std::integral_constant<int, 0>());
+    }
+}
+
 SEQKV_FN int64_t part_index(const seqkv_view & a, const seqkv_parts & parts, int s, int h, int iq, int part) {
-    return (((int64_t) s*a.n_tokens + iq/a.group)*a.n_head + h*a.group + iq%a.group)*parts.n_parts + part;
+    const int t = a.token_of(iq);
+    return (((int64_t) s*a.n_tokens + t)*a.n_head + h*a.group + iq - t*a.group)*parts.n_parts + part;
 }
 
 // 2*n bytes as n values
@@ -56,9 +78,9 @@ SEQKV_FN float sum16(float (&x)[16], int lane) {
 }
 
 // Exact rows [j0, j0 + EXACT) of one KV head for queries [q0, q0 + nq), by one warp: plain float arithmetic, a lane D/32 neighbouring values.
-// keys: (EXACT, D) scratch of the warp
+// keys: (EXACT, D) scratch of the warp. early: no kernel before this one that may still run writes what is read here, but for rows of this ubatch
 template <int D>
-static __device__ void exact_part(const seqkv_view & a, const seqkv_parts & parts, float * keys, int s, int h, int q0, int nq, int j0, int part) {
+static __device__ void exact_part(const seqkv_view & a, const seqkv_parts & parts, float * keys, int s, int h, int q0, int nq, int j0, int part, bool early) {
     constexpr int V = D/WARP_SIZE, QUERIES = 16/EXACT; // at a time
     const int lane = threadIdx.x%WARP_SIZE, n = min(EXACT, a.n_virt - j0), half_rot = a.p.n_rot/2;
     const int e_own = lane/2/QUERIES, q_own = lane/2%QUERIES; // row and query whose logit this lane gets
@@ -67,12 +89,18 @@ static __device__ void exact_part(const seqkv_view & a, const seqkv_parts & part
     const int32_t * meta = a.meta + (int64_t) s*a.n_virt + j0;
     half_vector<V> k_raw[EXACT], v_raw[EXACT];
     int32_t origin[EXACT];
-#pragma unroll
-    for (int e = 0; e < EXACT; ++e) {
+    const auto load_row = [&](int e) {
         const half * row = a.exact(s, j0 + min(e, n - 1)) + h*D + V*lane;
         k_raw[e].load(row);
         v_raw[e].load(row + a.p.n_head_kv*D);
+    };
+    const bool wait = early && j0 + n > a.p.n_kv + a.p.n_win;
+#pragma unroll
+    for (int e = 0; e < EXACT; ++e) {
         origin[e] = meta[min(e, n - 1)];
+        if (!wait) {
+            load_row(e);
+        }
     }
     const bool used = e_own < n && meta[min(e_own, n - 1)] >= 0;
     float2 cs[EXACT][V];
@@ -82,6 +110,13 @@ static __device__ void exact_part(const seqkv_view & a, const seqkv_parts & part
         for (int c = 0; c < V; ++c) {
             const int i = V*lane + c, pair = a.p.neox ? (i >= half_rot ? i - half_rot : i) : i/2;
             cs[e][c] = origin[e] >= 0 && i < a.p.n_rot ? ((const float2 *) a.rot.origin(origin[e]))[pair] : make_float2(1.0f, 0.0f);
+        }
+    }
+    if (wait) {
+        ggml_cuda_pdl_sync();
+#pragma unroll
+        for (int e = 0; e < EXACT; ++e) {
+            load_row(e);
         }
     }
 #pragma unroll
@@ -105,13 +140,12 @@ static __device__ void exact_part(const seqkv_view & a, const seqkv_parts & part
     }
 #pragma unroll 1
     for (int iq0 = 0; iq0 < nq; iq0 += QUERIES) {
-        const int  token = (q0 + min(iq0 + q_own, nq - 1))/a.group;
+        const int  token = a.token_of(q0 + min(iq0 + q_own, nq - 1));
         const bool keep  = used && (((const uint16_t *) a.mask_row(s, token))[j0 + min(e_own, n - 1)] & 0x7fff) == 0;
         float dot[16];
 #pragma unroll
         for (int i = 0; i < QUERIES; ++i) {
-            const int iq = q0 + min(iq0 + i, nq - 1);
-            const float * q = a.query(s, iq/a.group, h*a.group + iq%a.group) + V*lane;
+            const float * q = a.query_of(s, h, q0 + min(iq0 + i, nq - 1)) + V*lane;
             float x[V];
 #pragma unroll
             for (int c = 0; c < V; c += 2) {
@@ -223,7 +257,9 @@ template <int PITCH, int PIECES = 0> struct row_loader {
     }
 };
 
-// The sums of a block's warps -> a part. all: (WARPS, 4*NT, D) scratch that others may still read; m, l of lane 4*g + t: of query t of
+static constexpr __host__ __device__ int merge_pitch(int d) { return d + 8; } // free of conflicts for what writes and reads sums
+
+// The sums of a block's warps -> a part. all: (WARPS, 4*NT, merge_pitch(D)) scratch that others may still read; m, l of lane 4*g + t: of query t of
 // each n, m of base 2, l over this lane's keys; acc: its values 16*i + 2*g, + 1
 template <int D, int NT>
 SEQKV_FN void merge_warps(const seqkv_view & a, const seqkv_parts & parts, float * all, const float (&m)[NT], const float (&l)[NT],
@@ -253,17 +289,24 @@ SEQKV_FN void merge_warps(const seqkv_view & a, const seqkv_parts & parts, float
         const float x = m[n] == -INFINITY ? 0.0f : exp2f(m[n] - max);
 #pragma unroll
         for (int i = 0; i < D/16; ++i) {
-            *(float2 *) (all + (warp*4*NT + 4*n + t)*D + 16*i + 2*g) = make_float2(x*acc[n][i][0], x*acc[n][i][1]);
+            *(float2 *) (all + (warp*4*NT + 4*n + t)*merge_pitch(D) + 16*i + 2*g) = make_float2(x*acc[n][i][0], x*acc[n][i][1]);
         }
     }
     __syncthreads();
-    for (int i = threadIdx.x; i < 4*NT*D && q0 + i/D < nq; i += THREADS) {
-        float sum = all[i];
+    constexpr int AT_ONCE = THREADS/(D/4); // queries
 #pragma unroll
-        for (int w = 1; w < WARPS; ++w) {
-            sum += all[w*4*NT*D + i];
+    for (int i = 0; i < 4*NT; i += AT_ONCE) {
+        const int query = i + threadIdx.x/(D/4), j = threadIdx.x%(D/4)*4;
+        if (query < min(4*NT, nq - q0)) {
+            float4 x[WARPS];
+#pragma unroll
+            for (int w = 0; w < WARPS; ++w) {
+                x[w] = *(const float4 *) (all + (w*4*NT + query)*merge_pitch(D) + j);
+            }
+            static_assert(WARPS == 4, "sums of four");
+            *(float4 *) (parts.acc + part_index(a, parts, s, h, q0 + query, part)*D + j) = make_float4(x[0].x + x[1].x + x[2].x + x[3].x,
+                x[0].y + x[1].y + x[2].y + x[3].y, x[0].z + x[1].z + x[2].z + x[3].z, x[0].w + x[1].w + x[2].w + x[3].w);
         }
-        parts.acc[part_index(a, parts, s, h, q0 + i/D, part)*D + i%D] = sum;
     }
     if (threadIdx.x < 4*NT && q0 + threadIdx.x < nq) {
         float max = -INFINITY, sum = 0.0f;

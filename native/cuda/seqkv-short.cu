@@ -33,7 +33,7 @@ template <int J> struct query_values {
     float x[J], other[J];
 
     __device__ __forceinline__ void load(const seqkv_view & a, int s, int h, int iq, int lane) {
-        const float * src = a.query(s, iq/a.group, h*a.group + iq%a.group);
+        const float * src = a.query_of(s, h, iq);
 #pragma unroll
         for (int j = 0; j < J; ++j) {
             const int i = WARP_SIZE*j + lane, half_rot = a.p.n_rot/2;
@@ -160,28 +160,28 @@ static __device__ void frame_queries_of(const seqkv_view & a, short_smem<D, NT> 
     __syncthreads();
 }
 
-// blockIdx: (part, or behind n_z a part of exact rows a warp; KV head; stream x chunk of 4*NT queries)
+// blockIdx: (part, or behind n_z a part of exact rows a warp; KV head; stream x chunk of 4*NT queries). KIND: of the types, see decode_kinds
 // early: nothing that the kernel before this one writes is read, but by the exact rows of this ubatch
-template <int D, int NT>
+template <int D, int NT, int KIND>
 static __global__ void __launch_bounds__(THREADS, NT == 4 ? 2 : 3) short_kernel(seqkv_view a, seqkv_parts parts, int n_chunks, bool early) {
     using smem_t = short_smem<D, NT>;
     constexpr int NB = smem_t::NB, KEYS = smem_t::KEYS, PITCH = smem_t::PITCH, LD = smem_t::LD, LDQ = smem_t::LDQ, LDK = smem_t::LDK, LDV = smem_t::LDV;
+    constexpr int BITS = KIND/2, GRADED = KIND%2, GROUPS = BITS == 0 || GRADED ? 3 : 1, PIECES = cell_pieces(D, BITS, GRADED);
     extern __shared__ __align__(16) char smem_raw[];
     smem_t & all = *(smem_t *) smem_raw;
-    const int h = blockIdx.y, s = blockIdx.z/n_chunks, q0 = blockIdx.z%n_chunks*4*NT;
+    const int h = blockIdx.y, s = n_chunks == 1 ? blockIdx.z : blockIdx.z/n_chunks, q0 = (blockIdx.z - s*n_chunks)*4*NT;
     const int nq = a.n_tokens*a.group;
     const int warp = threadIdx.x/WARP_SIZE, lane = threadIdx.x%WARP_SIZE, g = lane/4, t = lane%4;
     if ((int) blockIdx.x >= parts.n_z) {
-        const int  part = (blockIdx.x - parts.n_z)*WARPS + warp, j0 = a.p.n_kv + part*EXACT;
-        const bool wait = !early || j0 + EXACT > a.p.n_kv + a.p.n_win;
-        if (wait) {
+        const int part = (blockIdx.x - parts.n_z)*WARPS + warp, j0 = a.p.n_kv + part*EXACT;
+        if (!early) {
             ggml_cuda_pdl_sync();
         }
         ggml_cuda_pdl_lc();
         if (j0 < a.n_virt) {
-            exact_part<D>(a, parts, (float *) smem_raw + warp*EXACT*D, s, h, q0, min(4*NT, nq - q0), j0, parts.n_z + part);
+            exact_part<D>(a, parts, (float *) smem_raw + warp*EXACT*D, s, h, q0, min(4*NT, nq - q0), j0, parts.n_z + part, early);
         }
-        if (!wait) {
+        if (early) {
             ggml_cuda_pdl_sync();
         }
         return;
@@ -192,8 +192,9 @@ static __global__ void __launch_bounds__(THREADS, NT == 4 ? 2 : 3) short_kernel(
     const int  n_tiles = (a.p.n_kv + TILE - 1)/TILE;
     const int  block_k = a.size_k/NB, block_v = a.size_v/NB;
     const float log2e = 1.44269504f, scale2 = a.p.scale*log2e;
-    const row_loader<PITCH> rows_k(a.cell_k(s, 0, h), a.k_nb1, a.k_nb2, a.size_k);
-    const row_loader<PITCH> rows_v(a.cell_v(s, 0, h), a.v_nb1, a.v_nb2, a.size_v);
+    const int  bits_v  = BITS ? BITS : a.bits_v;
+    const row_loader<PITCH, PIECES> rows_k(a.cell_k(s, 0, h), a.k_nb1, a.k_nb2, a.size_k);
+    const row_loader<PITCH, PIECES> rows_v(a.cell_v(s, 0, h), a.v_nb1, a.v_nb2, a.size_v);
     if (!early) {
         ggml_cuda_pdl_sync();
     }
@@ -201,6 +202,24 @@ static __global__ void __launch_bounds__(THREADS, NT == 4 ? 2 : 3) short_kernel(
 
     constexpr int J = D/WARP_SIZE;
     const int meta0 = a.meta[(int64_t) s*a.n_virt + blockIdx.x*TILE]; // the frame that most cells of the tile have
+    int own_origin = INT_MAX, own_cell = 0; // of the cell that this thread looks up
+    const auto look_up = [&](int tile) {
+        const int j = tile*TILE + threadIdx.x;
+        if (threadIdx.x < TILE) {
+            int32_t meta = -1;
+            int     bits = 0;
+            if (j < a.p.n_kv) {
+                meta = a.meta[(int64_t) s*a.n_virt + j];
+                for (int i = 0; i < a.n_tokens; ++i) {
+                    bits |= (((const uint16_t *) a.mask_row(s, i))[j] & 0x7fff) == 0 ? 1 << i : 0;
+                }
+            }
+            const bool used = meta >= 0 && bits != 0;
+            own_origin = used ? meta >> 8 : INT_MAX;
+            own_cell   = used ? (meta & 63) | bits << 8 : 0;
+        }
+    };
+    look_up(blockIdx.x);
     query_values<J> q[NT];
 #pragma unroll
     for (int n = 0; n < NT; ++n) {
@@ -229,14 +248,14 @@ static __global__ void __launch_bounds__(THREADS, NT == 4 ? 2 : 3) short_kernel(
         }
     }
     copy_commit();
-    load_level_tables(a.bits_k, a.graded_k, a.bits_v, all.tables);
+    load_level_tables(BITS ? BITS : a.bits_k, BITS ? GRADED : a.graded_k, bits_v, all.tables);
 
     int  seen[NT]; // bit of this lane's query in a cell's word
     float m[NT], l[NT];
     float acc[NT][D/16][2];
 #pragma unroll
     for (int n = 0; n < NT; ++n) {
-        seen[n] = q0 + 4*n + t < nq ? 256 << (q0 + 4*n + t)/a.group : 0;
+        seen[n] = q0 + 4*n + t < nq ? 256 << a.token_of(q0 + 4*n + t) : 0;
         m[n] = -INFINITY;
         l[n] = 0.0f;
 #pragma unroll
@@ -250,6 +269,7 @@ static __global__ void __launch_bounds__(THREADS, NT == 4 ? 2 : 3) short_kernel(
     load_rotation<J>(a, cs_at, lane, cs);
     const auto load_next = [&](int row0, int tile) {
         if (tile + parts.n_z < n_tiles) {
+            look_up(tile + parts.n_z);
             rows_k.template load<KEYS>(sm.raw_k, row0 + parts.n_z*TILE, a.p.n_kv);
             rows_v.template load<KEYS>(sm.raw_v, row0 + parts.n_z*TILE, a.p.n_kv);
         }
@@ -257,18 +277,8 @@ static __global__ void __launch_bounds__(THREADS, NT == 4 ? 2 : 3) short_kernel(
     for (int tile = blockIdx.x; tile < n_tiles; tile += parts.n_z) {
         const int row0 = tile*TILE + KEYS*warp; // this warp's first cell
         if (threadIdx.x < TILE) {
-            const int j = tile*TILE + threadIdx.x;
-            int32_t meta = -1;
-            int     bits = 0;
-            if (j < a.p.n_kv) {
-                meta = a.meta[(int64_t) s*a.n_virt + j];
-                for (int i = 0; i < a.n_tokens; ++i) {
-                    bits |= (((const uint16_t *) a.mask_row(s, i))[j] & 0x7fff) == 0 ? 1 << i : 0;
-                }
-            }
-            const bool used = meta >= 0 && bits != 0;
-            all.origin[threadIdx.x] = used ? meta >> 8 : INT_MAX;
-            all.cell  [threadIdx.x] = used ? (meta & 63) | bits << 8 : 0;
+            all.origin[threadIdx.x] = own_origin;
+            all.cell  [threadIdx.x] = own_cell;
         }
         __syncthreads();
         const auto next_origin = [&](int last) {
@@ -302,14 +312,20 @@ static __global__ void __launch_bounds__(THREADS, NT == 4 ? 2 : 3) short_kernel(
             if (b < NB) {
                 uint32_t out[16];
                 float    factor[3];
-                decode_any<true>(a.bits_k, a.graded_k, (const uint32_t *) (sm.raw_k + key*PITCH), rows_k.begin(row0 + key) + b*block_k, out, factor, all.tables);
+                const uint32_t * raw = (const uint32_t *) (sm.raw_k + key*PITCH);
+                const int begin = rows_k.begin(row0 + key) + b*block_k;
+                if constexpr (BITS) {
+                    decode_block<BITS, GRADED, true>(raw, begin, all.tables, out, factor);
+                } else {
+                    decode_any<true>(a.bits_k, a.graded_k, raw, begin, out, factor, all.tables);
+                }
 #pragma unroll
                 for (int i = 0; i < 4; ++i) {
                     *(uint4 *) (sm.level + key*LDK + 64*b + 16*i) = make_uint4(out[4*i], out[4*i + 1], out[4*i + 2], out[4*i + 3]);
                 }
 #pragma unroll
-                for (int i = 0; i < 3; ++i) {
-                    sm.gain_k[(3*b + i)*KEYS + 2*(key & 7) + (key >> 3)] = factor[i];
+                for (int i = 0; i < GROUPS; ++i) {
+                    sm.gain_k[(GROUPS*b + i)*KEYS + 2*(key & 7) + (key >> 3)] = factor[i];
                 }
             }
         }
@@ -348,13 +364,17 @@ static __global__ void __launch_bounds__(THREADS, NT == 4 ? 2 : 3) short_kernel(
                         const int8_t * row = sm.level + lane%16*LDK + 64*b + lane/16*16;
                         load_a(k0, row);
                         load_a(k1, row + 32);
-                        int c[3][4] = {{ 0 }};
-                        mma_s8_k16(c[0], k0,     digits.x);
-                        mma_s8_k16(c[1], k0 + 2, digits.y);
-                        mma_s8_k32(c[2], k1,     digits.z, digits.w);
+                        int c[GROUPS][4] = {{ 0 }};
+                        if constexpr (GROUPS == 1) {
+                            mma_s8_k32(c[0], k0, digits.x, digits.y);
+                        } else {
+                            mma_s8_k16(c[0], k0,     digits.x);
+                            mma_s8_k16(c[1], k0 + 2, digits.y);
+                        }
+                        mma_s8_k32(c[GROUPS - 1], k1, digits.z, digits.w);
 #pragma unroll
-                        for (int i = 0; i < 3; ++i) {
-                            const float2 gain = *(const float2 *) (sm.gain_k + (3*b + i)*KEYS + 2*g);
+                        for (int i = 0; i < GROUPS; ++i) {
+                            const float2 gain = *(const float2 *) (sm.gain_k + (GROUPS*b + i)*KEYS + 2*g);
                             sum[0] += gain.x*(float) (128*c[i][0] + c[i][1]);
                             sum[1] += gain.y*(float) (128*c[i][2] + c[i][3]);
                         }
@@ -389,7 +409,13 @@ static __global__ void __launch_bounds__(THREADS, NT == 4 ? 2 : 3) short_kernel(
             const int key = lane%KEYS, b = lane/KEYS + pass*(WARP_SIZE/KEYS);
             if (b < NB) {
                 uint32_t out[16];
-                decode_uniform(a.bits_v, (const uint32_t *) (sm.raw_v + key*PITCH), rows_v.begin(row0 + key) + b*block_v, out, all.tables + TABLE_WORDS);
+                const uint32_t * raw = (const uint32_t *) (sm.raw_v + key*PITCH);
+                const int begin = rows_v.begin(row0 + key) + b*block_v;
+                if constexpr (BITS) {
+                    decode_levels<BITS, 0, true>(raw, begin, all.tables + TABLE_WORDS, out);
+                } else {
+                    decode_uniform(bits_v, raw, begin, out, all.tables + TABLE_WORDS);
+                }
 #pragma unroll
                 for (int i = 0; i < 4; ++i) {
                     *(uint4 *) (sm.level + (b*KEYS + key)*LDV + 16*i) = make_uint4(out[4*i], out[4*i + 1], out[4*i + 2], out[4*i + 3]);
@@ -425,7 +451,7 @@ static __global__ void __launch_bounds__(THREADS, NT == 4 ? 2 : 3) short_kernel(
 #pragma unroll
         for (int b = 0; b < NB; ++b) {
             const float inv = max_v[b] > 0.0f ? BYTES/max_v[b] : 0.0f;
-            f_v[b] = max_v[b]*(seqkv_scale_of(a.bits_v)/BYTES);
+            f_v[b] = max_v[b]*(seqkv_scale_of(bits_v)/BYTES);
             const float2 gain = *(const float2 *) (sm.gain_v + b*KEYS + 2*g);
 #pragma unroll
             for (int n = 0; n < NT; ++n) { // 2^23 + an integer
@@ -468,7 +494,7 @@ static __global__ void __launch_bounds__(THREADS, NT == 4 ? 2 : 3) short_kernel(
         __syncthreads();
     }
     copy_wait();
-    static_assert(WARPS*4*NT*D*sizeof(float) <= offsetof(smem_t, dec), "sums of the warps");
+    static_assert(WARPS*4*NT*merge_pitch(D)*sizeof(float) <= offsetof(smem_t, dec), "sums of the warps");
     merge_warps<D, NT>(a, parts, (float *) smem_raw, m, l, acc, s, h, q0, blockIdx.x);
     if (early) {
         ggml_cuda_pdl_sync();
@@ -482,7 +508,7 @@ template <int D, int NT> static size_t short_smem_bytes(bool dense) {
     return dense ? sizeof(smem_t) : offsetof(smem_t, dec);
 }
 
-template <int D, int NT>
+template <int D, int NT, int KIND>
 static bool short_case(ggml_backend_cuda_context & ctx, const ggml_tensor * dst, const ggml_tensor * rows, bool overlap) {
     const seqkv_view a = seqkv_view_of(dst);
     const bool   dense = a.form_k == SEQKV_DENSE;
@@ -490,11 +516,11 @@ static bool short_case(ggml_backend_cuda_context & ctx, const ggml_tensor * dst,
     if (smem > ggml_cuda_info().devices[ctx.device].smpbo) {
         return false;
     }
-    CUDA_SET_SHARED_MEMORY_LIMIT((short_kernel<D, NT>), sizeof(short_smem<D, NT>));
+    CUDA_SET_SHARED_MEMORY_LIMIT((short_kernel<D, NT, KIND>), sizeof(short_smem<D, NT>));
     static int per_sm[GGML_CUDA_MAX_DEVICES][2] = {{ 0 }};
     int & resident = per_sm[ctx.device][dense];
     if (resident == 0) {
-        CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, short_kernel<D, NT>, THREADS, smem));
+        CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&resident, short_kernel<D, NT, KIND>, THREADS, smem));
     }
     const int n_chunks = (a.n_tokens*a.group + 4*NT - 1)/(4*NT);
     const int n_tiles  = (a.p.n_kv + TILE - 1)/TILE;
@@ -514,22 +540,26 @@ static bool short_case(ggml_backend_cuda_context & ctx, const ggml_tensor * dst,
     ggml_cuda_pool_alloc<float>  acc(ctx.pool(), n_out*D);
     parts.ml  = ml.get();
     parts.acc = acc.get();
-    ggml_cuda_kernel_launch(short_kernel<D, NT>,
+    ggml_cuda_kernel_launch((short_kernel<D, NT, KIND>),
         ggml_cuda_kernel_launch_params(dim3(parts.n_z + exact, a.p.n_head_kv, a.n_stream*n_chunks), dim3(THREADS), smem, ctx.stream()),
         a, parts, n_chunks, overlap && a.p.stored_before);
     seqkv_combine(ctx, a, parts, rows);
     return true;
 }
 
+template <int D, int NT> static bool short_types(ggml_backend_cuda_context & ctx, const ggml_tensor * dst, const ggml_tensor * rows, bool overlap) {
+    return decode_kinds(dst, [&](auto kind) { return short_case<D, NT, decltype(kind)::value>(ctx, dst, rows, overlap); });
+}
+
+template <int D> static bool short_heads(ggml_backend_cuda_context & ctx, const ggml_tensor * dst, const ggml_tensor * rows, bool overlap, int n_queries) {
+    return n_queries <= 4 ? short_types<D, 1>(ctx, dst, rows, overlap) : n_queries <= 8 ? short_types<D, 2>(ctx, dst, rows, overlap)
+                                                                                      : short_case<D, 4, 0>(ctx, dst, rows, overlap);
+}
+
 bool seqkv_decode_short(ggml_backend_cuda_context & ctx, const ggml_tensor * dst, const ggml_tensor * rows, bool overlap, int n_queries) {
     switch (seqkv_params(dst).dk) {
-        case 64:
-            return n_queries <= 4 ? short_case<64, 1>(ctx, dst, rows, overlap) : n_queries <= 8 ? short_case<64, 2>(ctx, dst, rows, overlap)
-                                                                                              : short_case<64, 4>(ctx, dst, rows, overlap);
-        case 128:
-            return n_queries <= 4 ? short_case<128, 1>(ctx, dst, rows, overlap) : n_queries <= 8 ? short_case<128, 2>(ctx, dst, rows, overlap)
-                                                                                                : short_case<128, 4>(ctx, dst, rows, overlap);
-        default: // D does not fit in shared memory
-            return false;
+        case 64:  return short_heads< 64>(ctx, dst, rows, overlap, n_queries);
+        case 128: return short_heads<128>(ctx, dst, rows, overlap, n_queries);
+        default:  return false; // D does not fit in shared memory
     }
 }

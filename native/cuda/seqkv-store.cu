@@ -16,21 +16,23 @@ static constexpr int STORE_WARPS = 8;
 // frame rows
 //
 
+// a thread a value of K and V
 static __global__ void seqkv_frame_kernel(const char * k, const char * v, half * dst, seqkv_meta meta, seqkv_rot rot,
         ggml_seqkv_params p, int64_t k_nb1, int64_t k_nb2, int64_t v_nb1, int64_t v_nb2) {
-    const int t = blockIdx.x;
-    const int h = blockIdx.y;
+    const int t = blockIdx.x, h = blockIdx.y, i = threadIdx.x;
+    half * row = dst + (int64_t) t*p.n_head_kv*(p.dk + p.dv);
+    const float * x = (const float *) (k + h*k_nb1 + t*k_nb2);
+    const float * y = (const float *) (v + h*v_nb1 + t*v_nb2);
+    const int  pair = p.neox && i >= p.n_rot/2 ? i - p.n_rot/2 : p.neox ? i : i/2;
+    const bool second = p.neox ? i >= p.n_rot/2 : i & 1, rotated = i < p.dk && i < p.n_rot;
+    const float2 cs = rotated ? ((const float2 *) rot.origin(meta.token(t)))[pair] : make_float2(1.0f, 0.0f);
     ggml_cuda_pdl_sync();
     ggml_cuda_pdl_lc(); // after the former: who comes next may read what was there before this kernel
-    half * row = dst + (int64_t) t*p.n_head_kv*(p.dk + p.dv);
-    const float * cs = rot.origin(meta.token(t));
-    const float * x  = (const float *) (k + h*k_nb1 + t*k_nb2);
-    const float * y  = (const float *) (v + h*v_nb1 + t*v_nb2);
-    for (int i = threadIdx.x; i < p.dk; i += blockDim.x) {
-        row[h*p.dk + i] = __float2half(seqkv_rotated(x, i, cs, p.n_rot, p.neox, 1));
-    }
-    for (int i = threadIdx.x; i < p.dv; i += blockDim.x) {
-        row[p.n_head_kv*p.dk + h*p.dv + i] = __float2half(y[i]);
+    if (i < p.dk) {
+        const int2 at = seqkv_pair(pair, p.n_rot, p.neox);
+        row[h*p.dk + i] = __float2half(rotated ? second ? x[at.y]*cs.x - x[at.x]*cs.y : x[at.x]*cs.x + x[at.y]*cs.y : x[i]);
+    } else {
+        row[p.n_head_kv*p.dk + h*p.dv + i - p.dk] = __float2half(y[i - p.dk]);
     }
 }
 
@@ -41,7 +43,7 @@ void ggml_cuda_seqkv_frame(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
     if (dst->ne[1] == 0) {
         return;
     }
-    ggml_cuda_kernel_launch(seqkv_frame_kernel, ggml_cuda_kernel_launch_params(dim3(dst->ne[1], p.n_head_kv), dim3(64), 0, ctx.stream()),
+    ggml_cuda_kernel_launch(seqkv_frame_kernel, ggml_cuda_kernel_launch_params(dim3(dst->ne[1], p.n_head_kv), dim3(p.dk + p.dv), 0, ctx.stream()),
         (const char *) k->data, (const char *) v->data, (half *) dst->data, seqkv_meta_of(dst->src[2], p), seqkv_rot_of(dst->src[3], p), p,
         (int64_t) k->nb[1], (int64_t) k->nb[2], (int64_t) v->nb[1], (int64_t) v->nb[2]);
 }

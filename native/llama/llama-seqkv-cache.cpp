@@ -956,7 +956,7 @@ void llm_graph_input_seqkv::set_input(const llama_ubatch * ubatch) {
 }
 
 ggml_tensor * llm_graph_input_seqkv::build_attn(ggml_context * ctx, ggml_cgraph * gf, ggml_tensor * q_cur, ggml_tensor * k_cur,
-        ggml_tensor * v_cur, ggml_tensor * k_idxs, ggml_tensor * v_idxs, ggml_tensor * sinks, float kq_scale, int il) {
+        ggml_tensor * v_cur, ggml_tensor * idxs, ggml_tensor * sinks, float kq_scale, int il) {
     const auto & sk  = seqkv();
     const int    ikv = sk.kv.map_layer_ids.at(il);
     const auto & l   = sk.layers[ikv];
@@ -986,9 +986,9 @@ ggml_tensor * llm_graph_input_seqkv::build_attn(ggml_context * ctx, ggml_cgraph 
 
         const auto flat = [&](ggml_tensor * t) { return ggml_reshape_2d(ctx, t, t->ne[0], t->ne[1]*t->ne[2]); };
         params.part = GGML_SEQKV_KEY;
-        ggml_build_forward_expand(gf, ggml_seqkv_store(ctx, flat(kvl.k), cur[ikv], k_idxs, meta, l.prof, params));
+        ggml_build_forward_expand(gf, ggml_seqkv_store(ctx, flat(kvl.k), cur[ikv], idxs, meta, l.prof, params));
         params.part = GGML_SEQKV_VALUE;
-        ggml_build_forward_expand(gf, ggml_seqkv_store(ctx, flat(kvl.v), cur[ikv], v_idxs, meta, l.prof, params));
+        ggml_build_forward_expand(gf, ggml_seqkv_store(ctx, flat(kvl.v), cur[ikv], idxs, meta, l.prof, params));
     }
     GGML_ASSERT(cur.count(ikv) && "a layer shares a cache that no earlier layer has written");
 

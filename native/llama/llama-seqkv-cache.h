@@ -203,9 +203,9 @@ public:
     void set_input(const llama_ubatch * ubatch) override;
     bool can_reuse(const llm_graph_params & params) override;
 
-    // store k_cur and v_cur (nullptr: a layer that shares an earlier layer's cache) and attend: [dv*n_head, n_tokens]
+    // store k_cur and v_cur in the cells idxs (nullptr: a layer that shares an earlier layer's cache) and attend: [dv*n_head, n_tokens]
     ggml_tensor * build_attn(ggml_context * ctx, ggml_cgraph * gf, ggml_tensor * q_cur, ggml_tensor * k_cur, ggml_tensor * v_cur,
-            ggml_tensor * k_idxs, ggml_tensor * v_idxs, ggml_tensor * sinks, float kq_scale, int il);
+            ggml_tensor * idxs, ggml_tensor * sinks, float kq_scale, int il);
 
 private:
     const llama_kv_cache_context * mctx = nullptr;
