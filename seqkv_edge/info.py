@@ -17,7 +17,7 @@ from .errors import SeqkvError
 # where the kernels of each backend have run
 BACKENDS = {
     "CPU": "run on hardware",
-    "CUDA": "run on hardware (H100)",
+    "CUDA": "run on hardware (H100, H200)",
     "Metal": "run in emulation only, never on a GPU",
 }
 

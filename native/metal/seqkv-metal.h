@@ -30,7 +30,7 @@ enum seqkv_fc {
 
 #define SEQKV_MAX_D        256
 #define SEQKV_MAX_HEADS    8    // of SEQKV_FC_HEADS
-#define SEQKV_QUERY_SIZE   4096 // values of the query vectors that a threadgroup transforms
+#define SEQKV_QUERY_SIZE   6144 // values of the query vectors that a threadgroup transforms; D is read once for them
 #define SEQKV_DECODE_SG    4    // simdgroups of a threadgroup of decode, each with a frame of rows at a time
 #define SEQKV_DECODE_TILE  2048 // values of the rows that a simdgroup unpacks at a time
 #define SEQKV_STORE_SG     4    // simdgroups of a threadgroup of STORE

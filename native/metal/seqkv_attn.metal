@@ -30,7 +30,8 @@ kernel void kernel_seqkv_query(
     threadgroup float x[SEQKV_QUERY_SIZE]; // (frames, HEADS, DK)
 
     const int h = tgpig.y/args.n_chunks, chunk = tgpig.y%args.n_chunks;
-    const int cols = SEQKV_QUERY_COLS(DK), frames = cols/HEADS, f0 = tgpig.x*frames, n = min(frames, args.n_frames - f0);
+    const int frames = SEQKV_QUERY_COLS(DK)/HEADS, f0 = tgpig.x*frames, n = min(frames, args.n_frames - f0);
+    const int cols   = (n*HEADS + 7)/8*8; // query vectors
     const int64_t at0 = (((int64_t) tgpig.z*tgpg.y + tgpig.y)*args.n_frames + f0)*HEADS*DK;
     device half * rotated = dst + (int64_t) tgpg.z*tgpg.y*args.n_frames*HEADS*DK + at0;
     dst += at0;
@@ -66,24 +67,30 @@ kernel void kernel_seqkv_query(
     } else if (FORM_K == SEQKV_DENSE) { // x <- x D, 32 columns by a simdgroup
         device const half * dec = seqkv_dec(prof, h, DK, DV) + i/32*32;
         simdgroup_float8x8 sum[SEQKV_QUERY_COLS(0)/8][4], y[SEQKV_QUERY_COLS(0)/8];
-        FOR_UNROLL (int k = 0; k < cols/8*4; ++k) {
+        FOR_UNROLL (int k = 0; k < SEQKV_QUERY_COLS(DK)/8*4; ++k) {
             sum[k/4][k%4] = make_filled_simdgroup_matrix<float, 8>(0.0f);
         }
         for (int r = 0; r < DK; r += 8) {
-            FOR_UNROLL (int k = 0; k < cols/8; ++k) {
-                simdgroup_load(y[k], x + 8*k*DK + r, DK, 0, false);
+            FOR_UNROLL (int k = 0; k < SEQKV_QUERY_COLS(DK)/8; ++k) {
+                if (8*k < cols) {
+                    simdgroup_load(y[k], x + 8*k*DK + r, DK, 0, false);
+                }
             }
             FOR_UNROLL (int c = 0; c < 4; ++c) {
                 simdgroup_half8x8 d;
                 simdgroup_load(d, dec + r*DK + 8*c, DK, 0, false);
-                FOR_UNROLL (int k = 0; k < cols/8; ++k) {
-                    simdgroup_multiply_accumulate(sum[k][c], y[k], d, sum[k][c]);
+                FOR_UNROLL (int k = 0; k < SEQKV_QUERY_COLS(DK)/8; ++k) {
+                    if (8*k < cols) {
+                        simdgroup_multiply_accumulate(sum[k][c], y[k], d, sum[k][c]);
+                    }
                 }
             }
         }
         threadgroup_barrier(mem_flags::mem_threadgroup);
-        FOR_UNROLL (int k = 0; k < cols/8*4; ++k) {
-            simdgroup_store(sum[k/4][k%4], x + k/4*8*DK + i/32*32 + k%4*8, DK, 0, false);
+        FOR_UNROLL (int k = 0; k < SEQKV_QUERY_COLS(DK)/8*4; ++k) {
+            if (k/4*8 < cols) {
+                simdgroup_store(sum[k/4][k%4], x + k/4*8*DK + i/32*32 + k%4*8, DK, 0, false);
+            }
         }
         threadgroup_barrier(mem_flags::mem_threadgroup);
     }
