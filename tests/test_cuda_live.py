@@ -9,11 +9,12 @@ from __future__ import annotations
 import ctypes
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from harness import FA_OFF, SEQKV, Context, Model, Models, Setup, api, kld, max_diff, text
+from harness import FA_OFF, SEQKV, Context, Model, Models, Setup, api, kld, max_diff, text, tiny
 
 from seqkv_edge.engine import devices
 
@@ -132,6 +133,56 @@ def test_attention_stays_on_the_gpu(gpu: Models, backend: str) -> None:
     """No op of the cache is placed on the CPU when all layers are offloaded."""
     seen = buffers_of_ops(gpu("llama"))
     assert all(on_gpu(name, backend) for names in seen.values() for name in names), seen
+
+
+@pytest.mark.parametrize("n_ff", [512, 2048, 4096, 8192, 12544, 16384])
+@pytest.mark.parametrize("n_before", [40, 700, 2500])
+def test_what_is_written_late_is_kept_until_then(tmp_path: Path, backend: str, n_ff: int, n_before: int) -> None:
+    """Decode writes its blocks at the end of the graph: no node after the STOREs has its result where their rows, cells or meta are."""
+    if backend != "CUDA":
+        pytest.skip("blocks are written at once")
+    lib = api._lib
+    lib.ggml_op_desc.argtypes, lib.ggml_op_desc.restype = [ctypes.c_void_p], ctypes.c_char_p
+    lib.ggml_nbytes.argtypes, lib.ggml_nbytes.restype = [ctypes.c_void_p], ctypes.c_size_t
+    lib.ggml_get_data.argtypes, lib.ggml_get_data.restype = [ctypes.c_void_p], ctypes.c_size_t
+    kept: dict[range, str] = {}
+    n_stores = n_later = 0
+
+    def memory(tensor: int) -> range:
+        data = lib.ggml_get_data(tensor)
+        return range(data, data + lib.ggml_nbytes(tensor))
+
+    @api.ggml_backend_sched_eval_callback
+    def look(tensor: int, ask: bool, _data: object) -> bool:
+        nonlocal n_stores, n_later
+        op = lib.ggml_op_desc(tensor).decode()
+        if not ask or op in ("RESHAPE", "VIEW", "PERMUTE", "TRANSPOSE", "NONE"):
+            return False
+        result = memory(tensor)
+        for other, what in kept.items():
+            if max(result.start, other.start) < min(result.stop, other.stop):
+                overwritten.append(f"{what} by {op}")
+        n_later += n_stores > 0
+        if op == "SEQKV_STORE":
+            part = ctypes.c_int32.from_address(tensor + 84 + 24).value  # struct ggml_tensor: op_params; ggml_seqkv_params: part
+            src = (ctypes.c_void_p * 4).from_address(tensor + 152)  # src
+            if part != 2:  # rows of the window are written at once
+                n_stores += 1
+                kept.update({memory(src[0]): "rows", memory(src[1]): "cells", memory(src[3]): "meta"})
+        return False
+
+    overwritten: list[str] = []
+    model = Model(tiny.write(tmp_path / "wide.gguf", replace(tiny.SPECS["llama"], n_ff=n_ff), "wide"), ALL_LAYERS)
+    with Context(model, Setup(kv="seqkv3", n_ctx=4096), cb_eval=(look, 0)) as c:
+        c.decode(text(n_before))
+        kept.clear()
+        overwritten.clear()
+        n_stores = n_later = 0
+        c.decode(text(2, 7)[1:])
+    model.close()
+    assert n_stores >= 4
+    assert n_later > 4 * n_stores
+    assert not overwritten
 
 
 def test_some_layers_on_the_gpu(gpu: Models, cpu: Models, backend: str, tmp_path: Path) -> None:

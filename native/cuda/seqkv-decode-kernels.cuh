@@ -16,7 +16,7 @@ static constexpr int MAX_NQ   = 32;       // queries of a KV head
 
 // What the first kernel hands to the second one, by (stream, frame, KV head); n4 tiles of 4 queries
 //   digits: B fragments of the queries, (n4, block of 64, lane) of 16 bytes: lane 4*(2*query + digit) + t, word t of each of the 4 runs
-//   scale (4*n4): q' = scale*(128*upper + lower);  pred (4*n4, 64): <q', prediction by offset>
+//   scale (4*n4): q' = scale*(256*upper + lower);  pred (4*n4, 64): <q', prediction by offset>
 struct frame_queries {
     uint32_t * digits;
     float    * scale;
@@ -34,44 +34,43 @@ template <int D> SEQKV_FN uint32_t * digits_of(const frame_queries & f, int64_t 
 // queries in the frames
 //
 
-static constexpr __host__ __device__ int query_rows (int d) { return d == 256 ? 32 : 64; } // rows of a block: frame x query, at most
-static constexpr __host__ __device__ int query_threads(int d) { return 4*query_rows(d); }  // a warp: 16 rows, half of the columns
-static constexpr __host__ __device__ int query_chunk(int d) { return d == 256 ? 64 : d; }  // rows of D at a time
-static constexpr __host__ __device__ bool query_resident(int d) { return d <= 128; }       // D and the predictions stay in shared memory
-static constexpr int query_smem(int d, int nq) { return (query_rows(d) + (query_resident(d) ? query_chunk(d) + 64 : 64))*(d + 8)*2 + nq*d*4; }
+static constexpr int QUERY_ROWS = 16; // of a warp at a time, a tensor core tile: frame x query
+static constexpr __host__ __device__ int query_chunk(int d) { return d == 256 ? 64 : d; } // rows of D at a time
+static constexpr __host__ __device__ bool query_resident(int d) { return d <= 128; }      // D and the predictions stay in shared memory
+static constexpr int query_smem(int d, bool dense) {
+    return (WARPS*QUERY_ROWS + (!dense ? 0 : query_resident(d) ? query_chunk(d) + SEQKV_FRAME : SEQKV_FRAME))*(d + 8)*(int) sizeof(half);
+}
+
+// What warps work on, one after the other: QUERY_ROWS or fewer rows of a KV head
+struct query_tiles {
+    int blocks;    // of the grid that have tiles, behind them exact rows
+    int n, frames; // tiles of a KV head; frames of a tile, whose queries are all in it, if there are no more than QUERY_ROWS; otherwise a frame has two tiles
+    int inv;       // 2^16/(queries of a frame in a tile), rounded up
+};
 
 // 8 values 0 4 1 5 2 6 3 7: columns 2t, 2t + 1 of two tensor core tiles are then values t, t + 4, t + 8, t + 12, a word of the stored order
 SEQKV_FN uint4 word_order(uint4 x) {
     return make_uint4(seqkv_prmt(x.x, x.z, 0x5410), seqkv_prmt(x.x, x.z, 0x7632), seqkv_prmt(x.y, x.w, 0x5410), seqkv_prmt(x.y, x.w, 0x7632));
 }
 
-template <int N> SEQKV_FN void store_runs(uint32_t * dst, const uint32_t (&x)[N]) {
-    if constexpr (N == 2) {
-        *(uint2 *) dst = make_uint2(x[0], x[1]);
-    } else {
-        *(uint4 *) dst = make_uint4(x[0], x[1], x[2], x[3]);
-    }
-}
-
-// blockIdx: (group of frames, or behind these a part of exact rows a warp, KV head, stream). per_block: frames of a block at a time; inv_nq: 2^16/nq, rounded up
-// overlap: the kernel before this one makes the frame rows, which exact rows alone need; early: and nothing else that they do
-template <int D>
-static __global__ void __launch_bounds__(query_threads(D), D == 256 ? 2 : 3) queries_kernel(seqkv_view a, frame_queries f, seqkv_parts parts, int groups, int per_block, int inv_nq, bool overlap, bool early) {
-    constexpr int  ROWS = query_rows(D), LD = D + 8, NT = query_threads(D), CHUNK = query_chunk(D), COLUMNS = D/2;
+// Each warp by itself: rotated queries to shared memory as f16, times D or H on tensor cores (of H its part within 16 values, the rest by sums and
+// differences), products with the predictions, digits. overlap: the kernel before this one makes the frame rows, which exact rows alone need;
+// early: and nothing else that they do
+template <int D, bool DENSE>
+static __global__ void __launch_bounds__(THREADS, D == 256 ? 2 : DENSE ? 3 : 4) queries_kernel(seqkv_view a, frame_queries f, seqkv_parts parts, query_tiles tiles, bool overlap, bool early) {
+    constexpr int  LD = D + 8, CHUNK = query_chunk(D), NB = D/64;
     constexpr bool RESIDENT = query_resident(D);
     extern __shared__ __align__(16) half smem_h[];
-    half  * rows  = smem_h;         // (ROWS, LD): rotated queries, then transformed ones
-    half  * chunk = rows + ROWS*LD; // (CHUNK, LD)
-    half  * preds = RESIDENT ? chunk + CHUNK*LD : chunk; // (64, LD)
-    float * q     = (float *) (preds + 64*LD);           // (nq, D)
+    half * chunk = smem_h + WARPS*QUERY_ROWS*LD; // (CHUNK, LD)
+    half * preds = RESIDENT ? chunk + CHUNK*LD : chunk; // (64, LD)
 
     const int h = blockIdx.y, s = blockIdx.z;
     const int nq = a.n_tokens*a.group;
     const int warp = threadIdx.x/WARP_SIZE, lane = threadIdx.x%WARP_SIZE, g = lane/4, t = lane%4;
-    const bool dense = a.form_k == SEQKV_DENSE;
+    half * rows = smem_h + warp*QUERY_ROWS*LD;   // (QUERY_ROWS, LD): rotated queries
 
-    if ((int) blockIdx.x >= groups) {
-        const int part = (blockIdx.x - groups)*(NT/WARP_SIZE) + warp, j0 = a.p.n_kv + part*EXACT;
+    if ((int) blockIdx.x >= tiles.blocks) {
+        const int part = (blockIdx.x - tiles.blocks)*WARPS + warp, j0 = a.p.n_kv + part*EXACT;
         if (!early) {
             ggml_cuda_pdl_sync();
         }
@@ -85,197 +84,215 @@ static __global__ void __launch_bounds__(query_threads(D), D == 256 ? 2 : 3) que
         return;
     }
 
-    __shared__ float row_max[2][ROWS];
-    // where a row's results go, counted from the block's first frame: words of digits, rows of pred and scale
-    __shared__ int row_digits[ROWS], row_query[ROWS];
-    for (int r = threadIdx.x; r < ROWS; r += NT) {
-        const int frame = r*inv_nq >> 16, iq = r - frame*nq;
-        row_digits[r] = frame*a.p.n_head_kv*f.n4*D*2 + iq/4*D*2 + iq%4*32;
-        row_query [r] = frame*a.p.n_head_kv*f.n4*4 + iq;
-    }
-
     const auto load_chunk = [&](int k0) {
 #pragma unroll 8
-        for (int i = threadIdx.x; i < CHUNK*D/8; i += NT) {
-            const int k = i/(D/8), n = i%(D/8)*8;
-            *(uint4 *) (chunk + k*LD + n) = word_order(dense ? *(const uint4 *) (a.tables.dec(h) + (k0 + k)*D + n) : hadamard8(k0 + k, n));
+        for (int i = threadIdx.x; i < CHUNK*D/8; i += THREADS) {
+            *(uint4 *) (chunk + i/(D/8)*LD + i%(D/8)*8) = word_order(((const uint4 *) (a.tables.dec(h) + k0*D))[i]);
         }
     };
     const auto load_preds = [&]() {
-        const half * pred = a.tables.pred(h);
 #pragma unroll 8
-        for (int i = threadIdx.x; i < 64*D/8; i += NT) {
-            *(uint4 *) (preds + i/(D/8)*LD + i%(D/8)*8) = word_order(*(const uint4 *) (pred + 8*i));
+        for (int i = threadIdx.x; i < SEQKV_FRAME*D/8; i += THREADS) {
+            *(uint4 *) (preds + i/(D/8)*LD + i%(D/8)*8) = word_order(((const uint4 *) a.tables.pred(h))[i]);
         }
     };
-    if (RESIDENT) {
-        load_chunk(0);
-        if (dense) {
-            load_preds();
+    uint32_t h16[2][2]; // B fragments of the Hadamard matrix of 16 in the order of words
+    if (!DENSE) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const int column = 8*(i/2) + g/2 + 4*(g & 1), k = 2*t + 8*(i & 1);
+            h16[i/2][i & 1] = 0x3c003c00 ^ (__popc(k & column) & 1 ? 0x80008000 : 0) ^ (column & 1) << 31;
         }
+    } else if (RESIDENT) {
+        load_chunk(0);
+        load_preds();
     }
     if (!overlap) {
         ggml_cuda_pdl_sync();
     }
     ggml_cuda_pdl_lc();
-    for (int i = threadIdx.x; i < nq*(D/4); i += NT) {
-        const int iq = i/(D/4);
-        copy_async16((float4 *) q + i, (const float4 *) a.query_of(s, h, iq) + i%(D/4));
+    if (DENSE && RESIDENT) {
+        __syncthreads();
     }
 
-    for (int frame0 = blockIdx.x*per_block; frame0 < f.n_frames; frame0 += groups*per_block) {
-        const int n_frames = min(per_block, f.n_frames - frame0);
-        const int n_rows   = n_frames*nq;
-        if (!RESIDENT) {
-            __syncthreads();
-            load_chunk(0);
-        }
+    for (int tile0 = blockIdx.x*WARPS; tile0 < tiles.n; tile0 += tiles.blocks*WARPS) {
+        const int tile   = tile0 + warp, two = nq > QUERY_ROWS;
+        const int frame0 = (two ? tile >> 1 : tile)*tiles.frames, q0 = two ? (tile & 1)*QUERY_ROWS : 0;
+        const int n_q    = min(QUERY_ROWS, nq - q0), n_f = tile < tiles.n ? min(tiles.frames, f.n_frames - frame0) : 0;
 
-        // rotated queries: a thread has a pair of every STEP-th frame
-        constexpr int STEP = NT/(D/2), FRAMES = 4; // at a time
-        const int  pair = threadIdx.x%(D/2), own = threadIdx.x/(D/2);
-        const int2 at   = pair < a.p.n_rot/2 ? seqkv_pair(pair, a.p.n_rot, a.p.neox) : make_int2(2*pair, 2*pair + 1);
-        for (int r0 = own; r0 - own < n_frames; r0 += FRAMES*STEP) {
-            float2 cs[FRAMES];
+        // A lane rotates two neighbouring pairs: two halves of a row with neox, or four values.
+        constexpr int LANES = D/4 < WARP_SIZE ? D/4 : WARP_SIZE, STEP = WARP_SIZE/LANES, TIMES = D/4/LANES, FRAMES = 4; // at a time
+        const int own = lane%LANES, frame_own = lane/LANES;
+        for (int f0 = frame_own; f0 < n_f; f0 += FRAMES*STEP) {
 #pragma unroll
-            for (int i = 0; i < FRAMES; ++i) {
-                cs[i] = make_float2(1.0f, 0.0f);
-                if (r0 + i*STEP < n_frames && pair < a.p.n_rot/2) {
-                    cs[i] = ((const float2 *) (a.rot.base + (int64_t) (SEQKV_FRAME + frame0 + r0 + i*STEP)*a.rot.stride))[pair];
-                }
-            }
-            copy_wait();
-            __syncthreads();
-            for (int iq = 0; iq < nq; ++iq) {
-                const float x = q[iq*D + at.x], y = q[iq*D + at.y];
-                half * row = rows + (r0*nq + iq)*LD;
+            for (int i = 0; i < TIMES; ++i) {
+                const int  pair    = 2*(own + i*LANES);
+                const bool rotated = pair < a.p.n_rot/2, neox = a.p.neox && rotated;
+                const int  x0 = neox ? pair : 2*pair, y0 = neox ? pair + a.p.n_rot/2 : 2*pair + 2;
+                float4 cs[FRAMES];
 #pragma unroll
-                for (int i = 0; i < FRAMES; ++i) {
-                    if (r0 + i*STEP < n_frames) {
-                        row[i*STEP*nq*LD + at.x] = __float2half(x*cs[i].x + y*cs[i].y);
-                        row[i*STEP*nq*LD + at.y] = __float2half(y*cs[i].x - x*cs[i].y);
+                for (int j = 0; j < FRAMES; ++j) {
+                    cs[j] = make_float4(1.0f, 0.0f, 1.0f, 0.0f);
+                    if (rotated && f0 + j*STEP < n_f) {
+                        cs[j] = *(const float4 *) (a.rot.base + (int64_t) (SEQKV_FRAME + frame0 + f0 + j*STEP)*a.rot.stride + 2*pair);
                     }
                 }
-            }
-        }
-        for (int i = n_rows*LD/2 + threadIdx.x; i < ROWS*LD/2; i += NT) {
-            ((uint32_t *) rows)[i] = 0;
-        }
-
-        const int row0 = warp/2*16, column0 = warp%2*COLUMNS;
-        float acc[COLUMNS/8][4] = {{ 0.0f }};
-        for (int k0 = 0; k0 < D; k0 += CHUNK) {
-            if (k0 > 0) {
-                __syncthreads();
-                load_chunk(k0);
-            }
-            __syncthreads(); // also: the rotated queries are there
 #pragma unroll 2
-            for (int kk = 0; kk < CHUNK; kk += 16) {
-                uint32_t x[4];
-                load_a(x, rows + (row0 + lane%16)*LD + k0 + kk + lane/16*8);
-#pragma unroll
-                for (int n0 = 0; n0 < COLUMNS/8; n0 += 4) { // independent products one after the other
-                    uint32_t b[8];
-#pragma unroll
-                    for (int n = 0; n < 4; n += 2) {
-                        load_transposed(b + 2*n, chunk + (kk + lane%16)*LD + column0 + 8*(n0 + n) + lane/16*8);
+                for (int iq = 0; iq < n_q; ++iq) {
+                    const float * q = a.query_of(s, h, q0 + iq);
+                    float2 x = *(const float2 *) (q + x0), y = *(const float2 *) (q + y0);
+                    if (!neox) {
+                        const float z = x.y;
+                        x.y = y.x;
+                        y.x = z;
                     }
 #pragma unroll
-                    for (int n = 0; n < 4; ++n) {
-                        mma_f16(acc[n0 + n], x, b[2*n], b[2*n + 1]);
+                    for (int j = 0; j < FRAMES; ++j) {
+                        half2 u = __floats2half2_rn(x.x*cs[j].x + y.x*cs[j].y, x.y*cs[j].z + y.y*cs[j].w);
+                        half2 v = __floats2half2_rn(y.x*cs[j].x - x.x*cs[j].y, y.y*cs[j].z - x.y*cs[j].w);
+                        if (!neox) {
+                            const half2 w = u;
+                            u = __lows2half2(w, v);
+                            v = __highs2half2(w, v);
+                        }
+                        if (f0 + j*STEP < n_f) {
+                            half * row = rows + ((f0 + j*STEP)*n_q + iq)*LD;
+                            *(half2 *) (row + x0) = u;
+                            *(half2 *) (row + y0) = v;
+                        }
                     }
                 }
             }
         }
+        __syncwarp();
 
-        // the largest value of each row, and its products with the predictions, are of both warps
-        __syncthreads();
-        float max[2];
+        float acc[D/8][4] = {{ 0.0f }};
+        if constexpr (DENSE) {
+            for (int k0 = 0; k0 < D; k0 += CHUNK) {
+                if (!RESIDENT) {
+                    __syncthreads();
+                    load_chunk(k0);
+                    __syncthreads();
+                }
+#pragma unroll 2
+                for (int kk = 0; kk < CHUNK; kk += 16) {
+                    uint32_t x[4];
+                    load_a(x, rows + lane%16*LD + k0 + kk + lane/16*8);
 #pragma unroll
-        for (int e = 0; e < 2; ++e) {
-            max[e] = 0.0f;
+                    for (int n0 = 0; n0 < D/8; n0 += 4) { // independent products one after the other
+                        uint32_t b[8];
 #pragma unroll
-            for (int n = 0; n < COLUMNS/8; ++n) {
-                max[e] = fmaxf(max[e], fmaxf(fabsf(acc[n][2*e]), fabsf(acc[n][2*e + 1])));
-            }
-            max[e] = fmaxf(max[e], __shfl_xor_sync(0xffffffff, max[e], 1));
-            max[e] = fmaxf(max[e], __shfl_xor_sync(0xffffffff, max[e], 2));
-            if (t == 0) {
-                row_max[warp%2][row0 + g + 8*e] = max[e];
-            }
-            if (dense) {
+                        for (int n = 0; n < 4; n += 2) {
+                            load_transposed(b + 2*n, chunk + (kk + lane%16)*LD + 8*(n0 + n) + lane/16*8);
+                        }
 #pragma unroll
-                for (int n = 0; n < COLUMNS/8; ++n) {
-                    *(half2 *) (rows + (row0 + g + 8*e)*LD + column0 + 8*n + 2*t) = __floats2half2_rn(acc[n][2*e], acc[n][2*e + 1]);
+                        for (int n = 0; n < 4; ++n) {
+                            mma_f16(acc[n0 + n], x, b[2*n], b[2*n + 1]);
+                        }
+                    }
                 }
             }
-        }
-        if (dense && !RESIDENT) {
-            load_preds();
-        }
-        __syncthreads();
-        if (dense) {
-            float sum[4][4] = {{ 0.0f }};
-#pragma unroll 2
+        } else {
+#pragma unroll
             for (int k = 0; k < D/16; ++k) {
                 uint32_t x[4];
-                load_a(x, rows + (row0 + lane%16)*LD + 16*k + lane/16*8);
+                load_a(x, rows + lane%16*LD + 16*k + lane/16*8);
+                mma_f16(acc[2*k],     x, h16[0][0], h16[0][1]);
+                mma_f16(acc[2*k + 1], x, h16[1][0], h16[1][1]);
+            }
 #pragma unroll
-                for (int n = 0; n < 4; n += 2) {
+            for (int m = 2; m < D/8; m *= 2) {
+#pragma unroll
+                for (int n = 0; n < D/8; ++n) {
+                    if (!(n & m)) {
+#pragma unroll
+                        for (int i = 0; i < 4; ++i) {
+                            const float x = acc[n][i], y = acc[n | m][i];
+                            acc[n][i]     = x + y;
+                            acc[n | m][i] = x - y;
+                        }
+                    }
+                }
+            }
+        }
+
+        // row g + 8*e: frame and query
+        int64_t at[2];
+        int     query[2];
+        bool    used[2];
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+            const int r = g + 8*e, frame = r*tiles.inv >> 16;
+            used [e] = r < n_f*n_q;
+            query[e] = q0 + r - frame*n_q;
+            at   [e] = f.index(a, s, frame0 + frame, h);
+        }
+
+        if constexpr (DENSE) {
+            if (!RESIDENT) {
+                __syncthreads();
+                load_preds();
+                __syncthreads();
+            }
+            float sum[SEQKV_FRAME/8][4] = {{ 0.0f }};
+#pragma unroll
+            for (int k = 0; k < D/16; ++k) {
+                uint32_t x[4]; // sums of two tiles are an A fragment
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    const half2 y = __floats2half2_rn(acc[2*k + i/2][2*(i & 1)], acc[2*k + i/2][2*(i & 1) + 1]);
+                    x[i] = *(const uint32_t *) &y;
+                }
+#pragma unroll
+                for (int n = 0; n < SEQKV_FRAME/8; n += 2) {
                     uint32_t b[4];
-                    load_a(b, preds + (warp%2*32 + 8*n + lane%8 + lane/16*8)*LD + 16*k + (lane >> 3 & 1)*8);
+                    load_a(b, preds + (8*n + lane%8 + lane/16*8)*LD + 16*k + (lane >> 3 & 1)*8);
                     mma_f16(sum[n],     x, b[0], b[1]);
                     mma_f16(sum[n + 1], x, b[2], b[3]);
                 }
             }
 #pragma unroll
             for (int e = 0; e < 2; ++e) {
-                const int r = row0 + g + 8*e;
-                if (r < n_rows) {
-                    float * dst = f.pred + (f.index(a, s, frame0, h)*4*f.n4 + row_query[r])*SEQKV_FRAME + warp%2*32;
+                if (used[e]) {
+                    float * dst = f.pred + (at[e]*4*f.n4 + query[e])*SEQKV_FRAME + 2*t;
 #pragma unroll
-                    for (int n = 0; n < 4; ++n) {
-                        *(float2 *) (dst + 8*n + 2*t) = make_float2(sum[n][2*e], sum[n][2*e + 1]);
+                    for (int n = 0; n < SEQKV_FRAME/8; ++n) {
+                        *(float2 *) (dst + 8*n) = make_float2(sum[n][2*e], sum[n][2*e + 1]);
                     }
                 }
             }
         }
 
-        // digits
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
-            const int   r   = row0 + g + 8*e;
-            const float m   = fmaxf(max[e], row_max[1 - warp%2][r]);
-            const float inv = m > 0.0f ? DIGITS/m : 0.0f;
-            if (r >= n_rows) {
+            float max = 0.0f;
+#pragma unroll
+            for (int n = 0; n < D/8; ++n) {
+                max = fmaxf(max, fmaxf(fabsf(acc[n][2*e]), fabsf(acc[n][2*e + 1])));
+            }
+            max = fmaxf(max, __shfl_xor_sync(0xffffffff, max, 1));
+            max = fmaxf(max, __shfl_xor_sync(0xffffffff, max, 2));
+            if (!used[e]) {
                 continue;
             }
-            if (t == 0 && warp%2 == 0) {
-                f.scale[f.index(a, s, frame0, h)*4*f.n4 + row_query[r]] = m*((dense ? 1.0f : rsqrtf((float) D))/DIGITS);
+            const float inv = max > 0.0f ? DIGITS/max : 0.0f;
+            if (t == 0) {
+                f.scale[at[e]*4*f.n4 + query[e]] = max*((DENSE ? 1.0f : rsqrtf((float) D))/DIGITS);
             }
-            uint32_t * dst = digits_of<D>(f, f.index(a, s, frame0, h)) + row_digits[r] + 4*t + column0/64*128 + column0%64/16;
-            constexpr int RUNS = D == 64 ? 2 : 4; // neighbours
-            uint32_t upper[RUNS], lower[RUNS];
+            uint32_t * dst = digits_of<D>(f, at[e]) + query[e]/4*D*2 + query[e]%4*32 + 4*t;
 #pragma unroll
-            for (int i = 0; i < COLUMNS/16; ++i) {
-                uint32_t u[4], l[4]; // their lowest bytes: integers of 8 bits behind 1.5*2^23
+            for (int b = 0; b < NB; ++b) {
+                uint32_t upper[4], lower[4];
 #pragma unroll
-                for (int j = 0; j < 4; ++j) {
-                    const float x = acc[2*i + j/2][2*e + (j & 1)]*inv;
-                    const float y = fmaf(x, 1.0f/128, 12582912.0f);
-                    u[j] = __float_as_uint(y);
-                    l[j] = __float_as_uint(fmaf(y - 12582912.0f, -128.0f, x) + 12582912.0f);
+                for (int i = 0; i < 4; ++i) {
+                    const int n = 8*b + 2*i;
+                    digits_of_word(acc[n][2*e], acc[n][2*e + 1], acc[n + 1][2*e], acc[n + 1][2*e + 1], inv, upper[i], lower[i]);
                 }
-                upper[i%RUNS] = seqkv_prmt(seqkv_prmt(u[0], u[1], 0x0040), seqkv_prmt(u[2], u[3], 0x0040), 0x5410);
-                lower[i%RUNS] = seqkv_prmt(seqkv_prmt(l[0], l[1], 0x0040), seqkv_prmt(l[2], l[3], 0x0040), 0x5410);
-                if (i%RUNS == RUNS - 1) {
-                    store_runs<RUNS>(dst + i/RUNS*128,      upper);
-                    store_runs<RUNS>(dst + i/RUNS*128 + 16, lower);
-                }
+                *(uint4 *) (dst + 128*b)      = make_uint4(upper[0], upper[1], upper[2], upper[3]);
+                *(uint4 *) (dst + 128*b + 16) = make_uint4(lower[0], lower[1], lower[2], lower[3]);
             }
         }
-        __syncthreads();
+        __syncwarp(); // rows are read
     }
     if (overlap) {
         ggml_cuda_pdl_sync();
@@ -578,8 +595,8 @@ static __global__ void __launch_bounds__(THREADS, min_blocks(D, NT)) decode_kern
                                 mma_s8_k32(c[GROUPS - 1], k1, digits[n][b].z, digits[n][b].w);
 #pragma unroll
                                 for (int i = 0; i < GROUPS; ++i) {
-                                    sum[n][0] += gain[i].x*(float) (128*c[i][0] + c[i][1]);
-                                    sum[n][1] += gain[i].y*(float) (128*c[i][2] + c[i][3]);
+                                    sum[n][0] += gain[i].x*(float) (256*c[i][0] + c[i][1]);
+                                    sum[n][1] += gain[i].y*(float) (256*c[i][2] + c[i][3]);
                                 }
                             }
                         }
@@ -754,6 +771,24 @@ static __global__ void __launch_bounds__(THREADS, min_blocks(D, NT)) decode_kern
 
 template <int D, int NT> static constexpr size_t decode_smem_bytes() { return WARPS*sizeof(warp_smem<D, NT>); }
 
+template <int D, bool DENSE>
+static void launch_queries(ggml_backend_cuda_context & ctx, const seqkv_view & a, const frame_queries & f, const seqkv_parts & parts, bool overlap) {
+    constexpr size_t smem = query_smem(D, DENSE);
+    static_assert(WARPS*EXACT*D*sizeof(float) <= smem, "exact rows work in the same memory");
+    CUDA_SET_SHARED_MEMORY_LIMIT((queries_kernel<D, DENSE>), smem);
+    const int nq = a.n_tokens*a.group, n_q = std::min(nq, QUERY_ROWS), n_exact = parts.n_parts - parts.n_z, exact = (n_exact + WARPS - 1)/WARPS;
+    query_tiles tiles;
+    tiles.frames = QUERY_ROWS/n_q;
+    tiles.n      = (f.n_frames + tiles.frames - 1)/tiles.frames*((nq + QUERY_ROWS - 1)/QUERY_ROWS);
+    tiles.inv    = (65536 + n_q - 1)/n_q;
+    tiles.blocks = (tiles.n + WARPS - 1)/WARPS;
+    if (DENSE) { // each block loads D
+        tiles.blocks = std::min(tiles.blocks, std::max(1, 3*ggml_cuda_info().devices[ctx.device].nsm/(a.p.n_head_kv*a.n_stream) - exact));
+    }
+    ggml_cuda_kernel_launch((queries_kernel<D, DENSE>), ggml_cuda_kernel_launch_params(dim3(tiles.blocks + exact, a.p.n_head_kv, a.n_stream), dim3(THREADS), smem, ctx.stream()),
+        a, f, parts, tiles, overlap, overlap && a.p.stored_before);
+}
+
 template <int D, int NT, int KIND>
 static void decode_case(ggml_backend_cuda_context & ctx, const ggml_tensor * dst, const ggml_tensor * rows, bool overlap) {
     const seqkv_view a = seqkv_view_of(dst);
@@ -772,10 +807,7 @@ static void decode_case(ggml_backend_cuda_context & ctx, const ggml_tensor * dst
     f.scale  = scale.get();
     f.pred   = pred.get();
 
-    const size_t     smem_q = query_smem(D, nq);
-    constexpr size_t smem   = decode_smem_bytes<D, NT>();
-    static_assert(query_threads(D)/WARP_SIZE*EXACT*D*sizeof(float) <= query_smem(D, 0), "exact rows work in the same memory");
-    CUDA_SET_SHARED_MEMORY_LIMIT((queries_kernel<D>), query_smem(D, MAX_NQ));
+    constexpr size_t smem = decode_smem_bytes<D, NT>();
     CUDA_SET_SHARED_MEMORY_LIMIT((decode_kernel<D, NT, KIND>), smem);
 
     static int per_sm[GGML_CUDA_MAX_DEVICES] = { 0 };
@@ -797,22 +829,18 @@ static void decode_case(ggml_backend_cuda_context & ctx, const ggml_tensor * dst
     parts.ml  = ml.get();
     parts.acc = acc.get();
 
-    const int frames = query_rows(D)/nq; // of a block at a time
-    const int exact  = (n_exact + query_threads(D)/WARP_SIZE - 1)/(query_threads(D)/WARP_SIZE);
-    const int groups = std::min((f.n_frames + frames - 1)/frames, std::max(1, 3*nsm/(a.p.n_head_kv*a.n_stream) - exact));
-    ggml_cuda_kernel_launch(queries_kernel<D>, ggml_cuda_kernel_launch_params(dim3(groups + exact, a.p.n_head_kv, a.n_stream), dim3(query_threads(D)), smem_q, stream),
-        a, f, parts, groups, frames, (65536 + nq - 1)/nq, overlap, overlap && a.p.stored_before);
+    if (a.form_k == SEQKV_DENSE) {
+        launch_queries<D, true>(ctx, a, f, parts, overlap);
+    } else {
+        launch_queries<D, false>(ctx, a, f, parts, overlap);
+    }
     ggml_cuda_kernel_launch((decode_kernel<D, NT, KIND>), ggml_cuda_kernel_launch_params(dim3(parts.n_z, a.p.n_head_kv, a.n_stream*n_chunks), dim3(THREADS), smem, stream),
         a, f, parts, block_tiles { n_tiles/parts.n_z, n_tiles%parts.n_z }, n_chunks, overlap && a.p.stored_before);
     seqkv_combine(ctx, a, parts, rows);
 }
 
 template <int D, int NT> static void decode_types(ggml_backend_cuda_context & ctx, const ggml_tensor * dst, const ggml_tensor * rows, bool overlap) {
-    if constexpr (D < 256) {
-        decode_kinds(dst, [&](auto kind) { decode_case<D, NT, decltype(kind)::value>(ctx, dst, rows, overlap); });
-    } else {
-        decode_case<D, NT, 0>(ctx, dst, rows, overlap);
-    }
+    decode_kinds(dst, [&](auto kind) { decode_case<D, NT, decltype(kind)::value>(ctx, dst, rows, overlap); });
 }
 
 template <int D> void seqkv_decode_heads(ggml_backend_cuda_context & ctx, const ggml_tensor * dst, const ggml_tensor * rows, bool overlap, int n_queries) {

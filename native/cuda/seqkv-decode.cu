@@ -25,7 +25,7 @@ bool seqkv_decode_supported(int device, const ggml_tensor * dst) {
     const ggml_tensor * k = dst->src[1];
     const ggml_tensor * v = dst->src[2];
     const int64_t n_queries = q->ne[2]/k->ne[2]*q->ne[1]/p.n_head_kv;
-    if (!turing_mma_available(info.cc) || p.dk != p.dv || n_queries > MAX_NQ || p.n_kv == 0 ||
+    if (!turing_mma_available(info.cc) || p.dk != p.dv || n_queries > MAX_NQ || p.n_kv == 0 || p.n_rot%4 != 0 ||
             !ggml_seqkv_bits(k->type) || !ggml_seqkv_bits(v->type) || ggml_seqkv_graded(v->type)) {
         return false;
     }
@@ -33,5 +33,5 @@ bool seqkv_decode_supported(int device, const ggml_tensor * dst) {
     const size_t bytes = p.dk ==  64 ? smem(decode_smem_bytes< 64, 1>(), decode_smem_bytes< 64, 2>(), decode_smem_bytes< 64, max_nt( 64)>())
                        : p.dk == 128 ? smem(decode_smem_bytes<128, 1>(), decode_smem_bytes<128, 2>(), decode_smem_bytes<128, max_nt(128)>())
                                      : smem(decode_smem_bytes<256, 1>(), decode_smem_bytes<256, 2>(), decode_smem_bytes<256, max_nt(256)>());
-    return std::max(bytes, (size_t) query_smem(p.dk, MAX_NQ)) <= info.smpbo;
+    return std::max(bytes, (size_t) query_smem(p.dk, true)) <= info.smpbo;
 }

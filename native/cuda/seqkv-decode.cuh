@@ -9,7 +9,7 @@ static constexpr int TILE     = 64;       // cells of a tile
 static constexpr int WARPS    = 4;
 static constexpr int THREADS  = WARPS*WARP_SIZE;
 static constexpr int EXACT    = 4;        // exact rows of a part, which a warp works on
-static constexpr int DIGITS   = 127*128;  // largest value of two signed digits
+static constexpr int DIGITS   = 127*256;  // largest value of two signed digits
 static constexpr int BYTES    = 65530;    // largest value of two bytes, with room for rounding
 
 // One kernel for all, seqkv-short.cu; false: not for this op, nothing was done. n_queries: of a KV head
@@ -59,6 +59,16 @@ template <int N> struct half_vector {
         return i%2 ? f.y : f.x;
     }
 };
+
+// Four values times inv, rounded -> a word of their upper and one of their lower digits, 256*upper + lower
+SEQKV_FN void digits_of_word(float x0, float x1, float x2, float x3, float inv, uint32_t & upper, uint32_t & lower) {
+    const float base = 12582912.0f + 128.0f; // 1.5*2^23: the integer is in the low bytes; 128: the lower digit is signed
+    const uint32_t y0 = __float_as_uint(fmaf(x0, inv, base)), y1 = __float_as_uint(fmaf(x1, inv, base));
+    const uint32_t y2 = __float_as_uint(fmaf(x2, inv, base)), y3 = __float_as_uint(fmaf(x3, inv, base));
+    const uint32_t y01 = seqkv_prmt(y0, y1, 0x5140), y23 = seqkv_prmt(y2, y3, 0x5140);
+    upper = seqkv_prmt(y01, y23, 0x7632);
+    lower = seqkv_prmt(y01, y23, 0x5410) ^ 0x80808080;
+}
 
 // Sums of 16 values over a warp: lane l gets that of value l/2
 SEQKV_FN float sum16(float (&x)[16], int lane) {

@@ -21,7 +21,7 @@ template <int D, int NT> struct short_smem {
     __align__(16) half  rows[2][16*LD];  // rotated queries, transformed ones: A fragments
     __align__(16) float q   [4*NT*LDQ];  // transformed queries
     __align__(16) uint32_t digits[NT*NB*WARP_SIZE*4]; // B fragments: (n, block, lane, run), lane 4*(2*query + digit) + t has word t of each run
-    float scale[4*NT];                   // q' = scale*(128*upper + lower)
+    float scale[4*NT];                   // q' = scale*(256*upper + lower)
     __align__(16) float pred[4*NT*TILE]; // <q', prediction by offset>
     __align__(16) uint32_t tables[2*TABLE_WORDS];
     int32_t origin[TILE], cell[TILE];    // of the tile's cells: INT_MAX where no token attends; offset | tokens that attend << 8
@@ -143,13 +143,8 @@ static __device__ void frame_queries_of(const seqkv_view & a, short_smem<D, NT> 
         }
         max = warp_reduce_max(max);
         const float inv = max > 0.0f ? DIGITS/max : 0.0f;
-        uint32_t upper = 0, lower = 0;
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            const int y = __float2int_rn(x[i]*inv), u = (y + 64) >> 7;
-            upper |= (uint32_t) (u & 255) << 8*i;
-            lower |= (uint32_t) ((y - 128*u) & 255) << 8*i;
-        }
+        uint32_t upper, lower;
+        digits_of_word(x[0], x[1], x[2], x[3], inv, upper, lower);
         uint32_t * dst = sm.digits + ((n*NB + run/4)*WARP_SIZE + 8*warp + t)*4 + run%4;
         dst[0]   = upper;
         dst[4*4] = lower;
@@ -375,8 +370,8 @@ static __global__ void __launch_bounds__(THREADS, NT == 4 ? 2 : 3) short_kernel(
 #pragma unroll
                         for (int i = 0; i < GROUPS; ++i) {
                             const float2 gain = *(const float2 *) (sm.gain_k + (GROUPS*b + i)*KEYS + 2*g);
-                            sum[0] += gain.x*(float) (128*c[i][0] + c[i][1]);
-                            sum[1] += gain.y*(float) (128*c[i][2] + c[i][3]);
+                            sum[0] += gain.x*(float) (256*c[i][0] + c[i][1]);
+                            sum[1] += gain.y*(float) (256*c[i][2] + c[i][3]);
                         }
                     }
                     const float * pred = all.pred + (4*n + t)*TILE;

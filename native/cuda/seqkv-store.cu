@@ -900,7 +900,10 @@ void ggml_cuda_seqkv_optimize(const ggml_cgraph * graph, ggml_backend_graph_opti
     for (int i = 0; i < graph->n_nodes; ++i) {
         const ggml_tensor * parts[2];
         if (graph->nodes[i]->op == GGML_OP_SEQKV_FRAME && is_late(graph->nodes[i]) && match_write(graph, i, parts)) {
-            params->add_alloc_dep(params->user_data, graph->nodes[i], graph->nodes[graph->n_nodes - 1]);
+            // what finish reads: the rows, the cells and meta, otherwise free for other tensors behind the last layer that uses them
+            for (ggml_tensor * t : { graph->nodes[i], parts[0]->src[1], parts[1]->src[1], parts[0]->src[3] }) {
+                params->add_alloc_dep(params->user_data, t, graph->nodes[graph->n_nodes - 1]);
+            }
         }
     }
 }

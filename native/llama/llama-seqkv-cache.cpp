@@ -800,6 +800,7 @@ llm_graph_input_seqkv * llm_graph_input_seqkv::build(ggml_context * ctx, llm_gra
     inp->win_idxs = ggml_new_tensor_1d(ctx, GGML_TYPE_I64, ubatch.n_tokens);
     for (auto [t, name] : { std::make_pair(inp->rot, "seqkv_rot"), { inp->meta, "seqkv_meta" }, { inp->mask, "seqkv_mask" }, { inp->win_idxs, "seqkv_win_idxs" } }) {
         ggml_set_input(t);
+        ggml_set_output(t); // what it holds is kept for the next ubatch
         ggml_set_name(t, name);
     }
 
@@ -833,7 +834,21 @@ void llm_graph_input_seqkv::set_input(const llama_ubatch * ubatch) {
     const uint32_t n_virt = ub.n_kv + sk.n_slots + ub.n_tokens;
     GGML_ASSERT(meta->ne[0] == n_virt && meta->ne[1] == ub.n_stream && ubatch->n_tokens == ub.n_stream*ub.n_tokens);
 
-    memcpy(meta->data,     ub.meta.data(),     ggml_nbytes(meta));
+    const bool holds_last = filled != 0 && filled + 1 == ub.id; // the last ubatch's
+    filled = ub.id;
+
+    if (holds_last && !ub.anew) {
+        for (uint32_t i = 0; i < ub.n_stream; ++i) {
+            const int32_t * src = ub.meta.data() + (size_t) i*n_virt;
+            int32_t       * dst = (int32_t *) meta->data + (size_t) i*n_virt;
+            for (const uint32_t c : ub.written[i]) {
+                dst[c] = src[c];
+            }
+            std::copy(src + ub.n_kv, src + n_virt, dst + ub.n_kv);
+        }
+    } else {
+        memcpy(meta->data, ub.meta.data(), ggml_nbytes(meta));
+    }
     memcpy(win_idxs->data, ub.win_idxs.data(), ggml_nbytes(win_idxs));
 
     // rotations: offsets, then the origins; only origins that changed since the last ubatch are computed
@@ -849,12 +864,17 @@ void llm_graph_input_seqkv::set_input(const llama_ubatch * ubatch) {
             }
         }
         rows.resize((SEQKV_FRAME + n_orig)*stride);
+        float * dst = (float *) ((char *) rot->data + set*rot->nb[2]);
         for (size_t r = 0; r < n_orig; ++r) {
             if (r >= sk.rot_origins.size() || sk.rot_origins[r] != ub.origins[r]) {
-                sk.rot_row(sk.rope_sets[set], ub.origins[r], rows.data() + (SEQKV_FRAME + r)*stride);
+                float * row = rows.data() + (SEQKV_FRAME + r)*stride;
+                sk.rot_row(sk.rope_sets[set], ub.origins[r], row);
+                std::copy_n(row, stride, dst + (SEQKV_FRAME + r)*stride);
             }
         }
-        memcpy((char *) rot->data + set*rot->nb[2], rows.data(), rows.size()*sizeof(float));
+        if (!holds_last) {
+            memcpy(dst, rows.data(), rows.size()*sizeof(float));
+        }
     }
     sk.rot_origins = ub.origins;
 
@@ -874,6 +894,7 @@ void llm_graph_input_seqkv::set_input(const llama_ubatch * ubatch) {
         llama_seqkv::attended own = {};
     };
     sk.last_attended.resize(ub.n_stream);
+    bool row_held = holds_last && ub.n_stream*ub.n_tokens == 1; // but for the columns `stale`
     for (uint32_t i = 0; i < ub.n_stream; ++i) {
         const auto & cells = sk.kv.v_cells[sk.kv.seq_to_stream[ubatch->seq_id[i*ub.n_tokens][0]]];
         std::vector<place> sinks, exact;
@@ -908,6 +929,9 @@ void llm_graph_input_seqkv::set_input(const llama_ubatch * ubatch) {
                     const bool own = !cells.is_empty(c) && cells.seq_has(c, seq);
                     const bool later = own && causal && cells.pos_get(c) > sq.first;
                     known.row[c] = own && !later ? keep : drop;
+                    if (row_held) {
+                        stale.push_back(c);
+                    }
                     if (later) {
                         sq.rest.push_back({ cells.pos_get(c), c, 0 });
                     }
@@ -917,6 +941,7 @@ void llm_graph_input_seqkv::set_input(const llama_ubatch * ubatch) {
                     std::for_each(ub.written[i].begin(), ub.written[i].end(), look_at);
                     std::for_each(known.behind.begin(), known.behind.end(), look_at);
                 } else {
+                    row_held = false;
                     known.row.assign(mask->ne[0], drop);
                     for (uint32_t c = 0; c < ub.n_kv; ++c) {
                         look_at(c);
@@ -933,18 +958,27 @@ void llm_graph_input_seqkv::set_input(const llama_ubatch * ubatch) {
                 }
             }
             ggml_fp16_t * row = (ggml_fp16_t *) mask->data + it*mask->ne[0];
-            memcpy(row, sq.known->row.data(), mask->nb[1]);
+            if (row_held) {
+                for (const uint32_t column : stale) {
+                    row[column] = sq.known->row[column];
+                }
+            } else {
+                memcpy(row, sq.known->row.data(), mask->nb[1]);
+            }
+            stale.clear();
             for (const place & r : sq.rest) {
                 if (r.pos > p1) {
                     break;
                 }
                 row[r.cell] = keep;
+                stale.push_back(r.cell);
             }
             // of a cell and its exact row, the exact one counts within the window
             const auto move = [&](const place & r) {
                 if (row[r.cell] == keep) {
                     row[r.cell]   = drop;
                     row[r.column] = keep;
+                    stale.insert(stale.end(), { r.cell, r.column });
                 }
             };
             std::for_each(sinks.begin(), sinks.end(), move);

@@ -218,6 +218,10 @@ private:
     ggml_tensor * mask     = nullptr;
     ggml_tensor * win_idxs = nullptr;
 
+    // what the tensors hold from the last ubatch is written anew where it changed: rows and cells of a long context take longer than a layer
+    uint64_t filled = 0;         // the last ubatch, 0: none
+    std::vector<uint32_t> stale; // columns in which the mask of its only token differs from that of its sequence, or that changed there since
+
     std::map<int32_t, ggml_tensor *> cur; // frame rows by cache layer
 
     llama_seqkv & seqkv() const;
