@@ -894,7 +894,8 @@ void llm_graph_input_seqkv::set_input(const llama_ubatch * ubatch) {
         llama_seqkv::attended own = {};
     };
     sk.last_attended.resize(ub.n_stream);
-    bool row_held = holds_last && ub.n_stream*ub.n_tokens == 1; // but for the columns `stale`
+    const bool one_row = ub.n_stream*ub.n_tokens == 1;
+    bool row_held = holds_last && one_row; // but for the columns `stale`
     for (uint32_t i = 0; i < ub.n_stream; ++i) {
         const auto & cells = sk.kv.v_cells[sk.kv.seq_to_stream[ubatch->seq_id[i*ub.n_tokens][0]]];
         std::vector<place> sinks, exact;
@@ -971,14 +972,18 @@ void llm_graph_input_seqkv::set_input(const llama_ubatch * ubatch) {
                     break;
                 }
                 row[r.cell] = keep;
-                stale.push_back(r.cell);
+                if (one_row) {
+                    stale.push_back(r.cell);
+                }
             }
             // of a cell and its exact row, the exact one counts within the window
             const auto move = [&](const place & r) {
                 if (row[r.cell] == keep) {
                     row[r.cell]   = drop;
                     row[r.column] = keep;
-                    stale.insert(stale.end(), { r.cell, r.column });
+                    if (one_row) {
+                        stale.insert(stale.end(), { r.cell, r.column });
+                    }
                 }
             };
             std::for_each(sinks.begin(), sinks.end(), move);
