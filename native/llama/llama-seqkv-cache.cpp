@@ -891,6 +891,7 @@ void llm_graph_input_seqkv::set_input(const llama_ubatch * ubatch) {
         llama_pos first;                         // of its tokens in the ubatch
         llama_seqkv::attended * known = nullptr; // what that token attends to
         std::vector<place> rest;                 // cells behind it
+        bool in_order = false;                   // these are neighbours in the order of the positions
         llama_seqkv::attended own = {};
     };
     sk.last_attended.resize(ub.n_stream);
@@ -949,6 +950,8 @@ void llm_graph_input_seqkv::set_input(const llama_ubatch * ubatch) {
                     }
                 }
                 std::sort(sq.rest.begin(), sq.rest.end());
+                sq.in_order = !sq.rest.empty() && std::adjacent_find(sq.rest.begin(), sq.rest.end(),
+                    [](const place & a, const place & b) { return b.cell != a.cell + 1; }) == sq.rest.end();
                 known.ubatch = ub.id;
                 known.seq    = seq;
                 known.first  = sq.first;
@@ -967,14 +970,14 @@ void llm_graph_input_seqkv::set_input(const llama_ubatch * ubatch) {
                 memcpy(row, sq.known->row.data(), mask->nb[1]);
             }
             stale.clear();
-            for (const place & r : sq.rest) {
-                if (r.pos > p1) {
-                    break;
-                }
-                row[r.cell] = keep;
-                if (one_row) {
-                    stale.push_back(r.cell);
-                }
+            const size_t n_seen = std::upper_bound(sq.rest.begin(), sq.rest.end(), p1, [](llama_pos p, const place & r) { return p < r.pos; }) - sq.rest.begin();
+            if (sq.in_order) {
+                std::fill_n(row + sq.rest[0].cell, n_seen, keep);
+            } else {
+                std::for_each_n(sq.rest.begin(), n_seen, [&](const place & r) { row[r.cell] = keep; });
+            }
+            if (one_row) {
+                std::for_each_n(sq.rest.begin(), n_seen, [&](const place & r) { stale.push_back(r.cell); });
             }
             // of a cell and its exact row, the exact one counts within the window
             const auto move = [&](const place & r) {
