@@ -338,8 +338,6 @@ static void attend_rows(ggml_backend_cuda_context & ctx, const ggml_tensor * dst
 // the end
 //
 
-static constexpr int COMBINE_GROUPS = 4; // of D threads, each sums its share of the parts
-
 // frame rows of the ubatch that go into the window
 struct window_rows {
     char          * dst; // NULL: none
@@ -347,22 +345,24 @@ struct window_rows {
     int64_t         nb1;
 };
 
-// One block a query row: parts -> dst. H of the sums over transformed values, their mean and scale, the sink. D: head_dim of values
-template <int D>
-static __global__ void __launch_bounds__(COMBINE_GROUPS*D) combine_kernel(seqkv_view a, seqkv_parts parts, window_rows rows) {
-    constexpr int J = D/WARP_SIZE, AHEAD = WARP_SIZE/COMBINE_GROUPS; // of 32 parts, those of a group
-    __shared__ float z[COMBINE_GROUPS*D], y[COMBINE_GROUPS*D];
-    const int i = threadIdx.x%D, group = threadIdx.x/D, warp = threadIdx.x/WARP_SIZE, lane = threadIdx.x%WARP_SIZE;
+// One block a query row: parts -> dst. H of the sums over transformed values, their mean and scale, the sink. D: head_dim of values.
+// Each of W warps sums every W-th part, a lane D/32 values of it; of each 32 of these parts a lane has the weight of one. AHEAD: parts whose values are on
+// their way at a time. Few parts want little code.
+template <int D, int W, int AHEAD>
+static __global__ void __launch_bounds__(W*WARP_SIZE, 1) combine_kernel(seqkv_view a, seqkv_parts parts, window_rows rows) {
+    constexpr int V = D/WARP_SIZE;
+    __shared__ float z[W][D], y[W][D], warp_l[W], warp_l_z[W];
+    const int warp = threadIdx.x/WARP_SIZE, lane = threadIdx.x%WARP_SIZE;
     const int     head = blockIdx.x, h = head/a.group;
     const int64_t row  = (int64_t) blockIdx.y*a.n_head + head;
     const float2 * ml  = parts.ml  + row*parts.n_parts;
-    const float  * acc = parts.acc + row*parts.n_parts*D + i;
+    const float  * acc = parts.acc + row*parts.n_parts*D + V*lane;
 
     // what no kernel writes
     const bool prof = a.bits_v && a.tables.prof;
-    float scale[J], mean[J];
+    float scale[V], mean[V];
 #pragma unroll
-    for (int j = 0; j < J; ++j) {
+    for (int j = 0; j < V; ++j) {
         scale[j] = prof && warp == 0 ? 1.0f/__half2float(a.tables.v_scale(h)[WARP_SIZE*j + lane]) : 1.0f;
         mean [j] = prof && warp == 0 ? __half2float(a.tables.v_mean(h)[WARP_SIZE*j + lane]) : 0.0f;
     }
@@ -371,77 +371,111 @@ static __global__ void __launch_bounds__(COMBINE_GROUPS*D) combine_kernel(seqkv_
     ggml_cuda_pdl_sync();
     ggml_cuda_pdl_lc();
 
-    // each warp has the weights of 32 parts at a time, a lane one of them
-    float  m = sink, l = 0.0f, l_z = 0.0f, sum_z = 0.0f, sum_x = 0.0f, first[AHEAD];
-    float2 first_ml = lane < parts.n_parts ? ml[lane] : make_float2(-INFINITY, 0.0f);
-#pragma unroll
-    for (int k = 0; k < AHEAD; ++k) {
-        const int c = group + COMBINE_GROUPS*k;
-        first[k] = c < parts.n_parts ? acc[c*D] : 0.0f;
-    }
-    m = fmaxf(m, first_ml.x);
-    for (int c = WARP_SIZE + lane; c < parts.n_parts; c += WARP_SIZE) {
-        m = fmaxf(m, ml[c].x);
-    }
-    m = warp_reduce_max(m);
-    for (int c0 = 0; c0 < parts.n_parts; c0 += WARP_SIZE) {
-        if (c0 > 0) {
-            first_ml = c0 + lane < parts.n_parts ? ml[c0 + lane] : make_float2(-INFINITY, 0.0f);
+    float m = sink, l = 0.0f, l_z = 0.0f, sum_z[V] = { 0.0f }, sum_x[V] = { 0.0f };
+    for (int c0 = 0; c0 < parts.n_parts; c0 += WARP_SIZE*W) {
+        const int    own    = c0 + W*lane + warp; // part whose weight this lane has
+        const float2 own_ml = own < parts.n_parts ? ml[own] : make_float2(-INFINITY, 0.0f);
+        const int    n      = min(WARP_SIZE, (parts.n_parts - c0 - warp + W - 1)/W); // of the warp
+        float x[AHEAD][V];
+        const auto load = [&](int k0) {
 #pragma unroll
             for (int k = 0; k < AHEAD; ++k) {
-                const int c = c0 + group + COMBINE_GROUPS*k;
-                first[k] = c < parts.n_parts ? acc[(int64_t) c*D] : 0.0f;
+#pragma unroll
+                for (int j = 0; j < V; j += 2) {
+                    float2 w = make_float2(0.0f, 0.0f);
+                    if (k0 + k < n) {
+                        w = *(const float2 *) (acc + (int64_t) (c0 + W*(k0 + k) + warp)*D + j);
+                    }
+                    x[k][j]     = w.x;
+                    x[k][j + 1] = w.y;
+                }
+            }
+        };
+        load(0);
+        if (c0 == 0) {
+#pragma unroll 4
+            for (int c = lane; c < parts.n_parts; c += WARP_SIZE) {
+                m = fmaxf(m, ml[c].x);
+            }
+            m = warp_reduce_max(m);
+        }
+        const float f = own_ml.x == -INFINITY ? 0.0f : __expf(own_ml.x - m);
+        l   += f*own_ml.y;
+        l_z += own < parts.n_z ? f*own_ml.y : 0.0f;
+        for (int k0 = 0; k0 < n; k0 += AHEAD) {
+            if (k0 > 0) {
+                load(k0);
+            }
+#pragma unroll
+            for (int k = 0; k < AHEAD; ++k) {
+                const float w = __shfl_sync(0xffffffff, f, (k0 + k)%WARP_SIZE);
+                const bool  transformed = c0 + W*(k0 + k) + warp < parts.n_z;
+                const float w_z = transformed ? w : 0.0f, w_x = transformed ? 0.0f : w;
+#pragma unroll
+                for (int j = 0; j < V; ++j) {
+                    sum_z[j] += w_z*x[k][j];
+                    sum_x[j] += w_x*x[k][j];
+                }
             }
         }
-        const float f = first_ml.x == -INFINITY ? 0.0f : __expf(first_ml.x - m);
-        l   += f*first_ml.y;
-        l_z += c0 + lane < parts.n_z ? f*first_ml.y : 0.0f;
-#pragma unroll
-        for (int k = 0; k < AHEAD; ++k) {
-            const int   c = group + COMBINE_GROUPS*k;
-            const float x = __shfl_sync(0xffffffff, f, c)*first[k];
-            sum_z += c0 + c < parts.n_z ? x : 0.0f;
-            sum_x += c0 + c < parts.n_z ? 0.0f : x;
-        }
     }
-    // stored place within 16 values: 4*(value%4) + value/4
-    z[group*D + (parts.permuted ? (i & ~15) | (i & 3) << 2 | (i >> 2 & 3) : i)] = sum_z;
-    y[group*D + i] = sum_x;
+#pragma unroll
+    for (int j = 0; j < V; ++j) {
+        const int i = V*lane + j;
+        z[warp][parts.permuted ? (i & ~15) | (i & 3) << 2 | (i >> 2 & 3) : i] = sum_z[j]; // stored place within 16 values: 4*(value%4) + value/4
+        y[warp][i] = sum_x[j];
+    }
+    l   = warp_reduce_sum(l);
+    l_z = warp_reduce_sum(l_z);
+    if (lane == 0) {
+        warp_l  [warp] = l;
+        warp_l_z[warp] = l_z;
+    }
     if (idx >= 0) {
         const int width = a.p.n_head_kv*(a.p.dk + a.p.dv)/2;
         const half2 * from = (const half2 *) a.cur + (int64_t) blockIdx.y*width;
         half2       * to   = (half2 *) (rows.dst + idx*rows.nb1);
-        for (int c = head*COMBINE_GROUPS*D + threadIdx.x; c < width; c += a.n_head*COMBINE_GROUPS*D) {
+        for (int c = head*W*WARP_SIZE + threadIdx.x; c < width; c += a.n_head*W*WARP_SIZE) {
             to[c] = from[c];
         }
+    }
+    __syncthreads();
+    for (int i = threadIdx.x; i < 2*D; i += W*WARP_SIZE) { // sums of the warps, to the first one's place
+        float * column = i < D ? &z[0][i] : &y[0][i - D], sum = 0.0f;
+#pragma unroll
+        for (int w = 0; w < W; ++w) {
+            sum += column[w*D];
+        }
+        column[0] = sum;
     }
     __syncthreads();
     if (warp > 0) {
         return;
     }
-    l   = warp_reduce_sum(l) + (a.sinks ? __expf(sink - m) : 0.0f);
-    l_z = warp_reduce_sum(l_z);
-    float x[J];
+    l   = warp_reduce_sum(lane < W ? warp_l  [lane] : 0.0f) + (a.sinks ? __expf(sink - m) : 0.0f);
+    l_z = warp_reduce_sum(lane < W ? warp_l_z[lane] : 0.0f);
+    float x[V];
 #pragma unroll
-    for (int j = 0; j < J; ++j) {
-        x[j] = 0.0f;
-#pragma unroll
-        for (int k = 0; k < COMBINE_GROUPS; ++k) {
-            x[j] += z[k*D + WARP_SIZE*j + lane];
-        }
+    for (int j = 0; j < V; ++j) {
+        x[j] = z[0][WARP_SIZE*j + lane];
     }
     if (parts.n_z > 0) { // H
-        seqkv_fwht_warp<J>(x, lane);
+        seqkv_fwht_warp<V>(x, lane);
     }
 #pragma unroll
-    for (int j = 0; j < J; ++j) {
+    for (int j = 0; j < V; ++j) {
         const int c = WARP_SIZE*j + lane;
-        float sum = parts.n_z > 0 ? rsqrtf((float) D)*x[j]*scale[j] + l_z*mean[j] : 0.0f;
-#pragma unroll
-        for (int k = 0; k < COMBINE_GROUPS; ++k) {
-            sum += y[k*D + c];
-        }
+        const float sum = y[0][c] + (parts.n_z > 0 ? rsqrtf((float) D)*x[j]*scale[j] + l_z*mean[j] : 0.0f);
         a.dst[row*D + c] = l > 0.0f ? sum/l : 0.0f;
+    }
+}
+
+template <int D> static void launch_combine(ggml_backend_cuda_context & ctx, const seqkv_view & a, const seqkv_parts & parts, const window_rows & rows) {
+    const dim3 grid(a.n_head, a.n_stream*a.n_tokens);
+    if (parts.n_parts <= 32) {
+        ggml_cuda_kernel_launch(combine_kernel<D,  8, 4>,     ggml_cuda_kernel_launch_params(grid, dim3( 8*WARP_SIZE), 0, ctx.stream()), a, parts, rows);
+    } else {
+        ggml_cuda_kernel_launch(combine_kernel<D, 16, 640/D>, ggml_cuda_kernel_launch_params(grid, dim3(16*WARP_SIZE), 0, ctx.stream()), a, parts, rows);
     }
 }
 
@@ -450,11 +484,10 @@ void seqkv_combine(ggml_backend_cuda_context & ctx, const seqkv_view & a, const 
     if (rows) {
         w = { (char *) rows->data, (const int64_t *) rows->src[1]->data, (int64_t) rows->nb[1] };
     }
-    const ggml_cuda_kernel_launch_params launch(dim3(a.n_head, a.n_stream*a.n_tokens), dim3(COMBINE_GROUPS*a.p.dv), 0, ctx.stream());
     switch (a.p.dv) {
-        case 64:  ggml_cuda_kernel_launch(combine_kernel< 64>, launch, a, parts, w); break;
-        case 128: ggml_cuda_kernel_launch(combine_kernel<128>, launch, a, parts, w); break;
-        default:  ggml_cuda_kernel_launch(combine_kernel<256>, launch, a, parts, w); break;
+        case 64:  launch_combine< 64>(ctx, a, parts, w); break;
+        case 128: launch_combine<128>(ctx, a, parts, w); break;
+        default:  launch_combine<256>(ctx, a, parts, w); break;
     }
 }
 

@@ -104,11 +104,10 @@ constexpr level_tables make_level_tables() {
 }
 static __device__ constexpr level_tables seqkv_level_tables = make_level_tables();
 
-// tables of keys, then those of values; all threads of a block, which synchronize afterwards
-SEQKV_FN void load_level_tables(int bits_k, int graded_k, int bits_v, uint32_t * table) {
-    if (threadIdx.x < 2*TABLE_WORDS) {
-        const int kind = threadIdx.x < TABLE_WORDS ? 2*(bits_k - 1) + graded_k : 2*(bits_v - 1);
-        table[threadIdx.x] = seqkv_level_tables.word[kind][threadIdx.x%TABLE_WORDS];
+// words_k words of the tables of keys, words_v of those of values behind them; by n_threads threads, which synchronize afterwards
+SEQKV_FN void load_level_tables(int bits_k, int graded_k, int bits_v, uint32_t * table, int words_k, int words_v, int thread, int n_threads) {
+    for (int i = thread; i < words_k + words_v; i += n_threads) {
+        table[i] = i < words_k ? seqkv_level_tables.word[2*(bits_k - 1) + graded_k][i] : seqkv_level_tables.word[2*(bits_v - 1)][i - words_k];
     }
 }
 template <int B> SEQKV_FN void read_level_table(const uint32_t * table, seqkv_registers<B> & t) {

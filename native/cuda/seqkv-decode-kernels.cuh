@@ -2,9 +2,9 @@
 //
 // Three kernels an op. In the first one some blocks attend to the exact rows; the others transform the queries into every frame
 // (q' = D^T R(-t0) q, or H R(-t0) q), split them in two signed 7-bit digits, and take their products with the frame's 64
-// predictions. In the second one each warp works by itself on tiles of 64 cells of one KV head: levels of K and V by byte permutes,
-// once for all queries of the group; scores as integer products with the digits of the queries, a gain per key and group of values
-// applied to each; values as integer products with the two bytes of p*gain. The third one combines the parts.
+// predictions. In the second one a warp works on tiles of 64 cells of one KV head, whose rows the warps of all heads of a block copy together:
+// levels of K and V by byte permutes, once for all queries of the group; scores as integer products with the digits of the queries, a gain per
+// key and group of values applied to each; values as integer products with the two bytes of p*gain. The third one combines the parts.
 //
 // Keys are the rows of the tensor core tiles, values their columns turned by ldmatrix; the 8 columns are 4 queries, each with
 // its upper and lower digit next to each other: lane 4*g + t has both digits of query t for keys (or dims) g and g + 8.
@@ -193,27 +193,7 @@ static __global__ void __launch_bounds__(THREADS, D == 256 ? 2 : DENSE ? 3 : 4) 
                 }
             }
         } else {
-#pragma unroll
-            for (int k = 0; k < D/16; ++k) {
-                uint32_t x[4];
-                load_a(x, rows + lane%16*LD + 16*k + lane/16*8);
-                mma_f16(acc[2*k],     x, h16[0][0], h16[0][1]);
-                mma_f16(acc[2*k + 1], x, h16[1][0], h16[1][1]);
-            }
-#pragma unroll
-            for (int m = 2; m < D/8; m *= 2) {
-#pragma unroll
-                for (int n = 0; n < D/8; ++n) {
-                    if (!(n & m)) {
-#pragma unroll
-                        for (int i = 0; i < 4; ++i) {
-                            const float x = acc[n][i], y = acc[n | m][i];
-                            acc[n][i]     = x + y;
-                            acc[n | m][i] = x - y;
-                        }
-                    }
-                }
-            }
+            hadamard_mma<D>(rows, h16, acc);
         }
 
         // row g + 8*e: frame and query
@@ -303,94 +283,189 @@ static __global__ void __launch_bounds__(THREADS, D == 256 ? 2 : DENSE ? 3 : 4) 
 // attention
 //
 
-SEQKV_FN int warp_min(int x) {
+SEQKV_FN int warp_max(int x) {
 #if __CUDA_ARCH__ >= 800
-    return __reduce_min_sync(0xffffffff, x);
+    return __reduce_max_sync(0xffffffff, x);
 #else
     for (int i = WARP_SIZE/2; i > 0; i /= 2) {
-        x = min(x, __shfl_xor_sync(0xffffffff, x, i));
+        x = max(x, __shfl_xor_sync(0xffffffff, x, i));
     }
     return x;
 #endif
 }
-SEQKV_FN int warp_max(int x) { return ~warp_min(~x); }
+SEQKV_FN int warp_min(int x) { return ~warp_max(~x); }
 
 static constexpr __host__ __device__ int step_keys(int d) { return d == 64 ? 32 : 16; } // keys unpacked at a time
 static constexpr __host__ __device__ int max_nt   (int d) { return d == 256 ? 2 : 4; }  // tiles of 4 queries of a block
-static constexpr __host__ __device__ int min_blocks(int d, int nt) { return d == 256 || nt == 4 ? 2 : nt == 2 ? 3 : 4; } // of a multiprocessor
+static constexpr __host__ __device__ int max_warps(int d, int nt) { return d == 256 || nt == 4 ? 8 : nt == 2 ? 12 : 16; } // of a block: registers for all
 
-// What a warp needs
-template <int D, int NT> struct warp_smem {
+// What a warp needs for itself
+template <int D, int NT, int KIND> struct warp_smem {
     static constexpr int NB    = D/64;
     static constexpr int KEYS  = step_keys(D);
-    static constexpr int ROWS  = 32;       // of half a tile, what is copied at a time
-    static constexpr int PITCH = D/2 + 16; // bytes of a raw row: the largest cell, wherever it begins in 16 bytes
+    static constexpr int VB    = NB > 1 && NT < 4 ? 2 : 1; // blocks of values at a time (4 tiles of queries leave registers for one)
+    static constexpr int KEYSV = WARP_SIZE/VB;
     static constexpr int LDK   = D + 16;   // bytes of a row of levels: conflict-free for what reads and writes them
-    static constexpr int LDV   = 64 + 16;
-    __align__(16) char   raw[3][ROWS*PITCH]; // K 0, K 1, V 0, V 1 and K 0 of the next tile, in turns
+    static constexpr int LDV   = 64*VB + 16;
+    static constexpr int GROUPS = KIND == 0 || KIND%2 ? 3 : 1; // of a block's values, with a gain each
+    static constexpr int TABLE_K = KIND == 0 ? TABLE_WORDS : table_at(KIND/2, KIND%2, 3), TABLE_V = KIND == 0 ? TABLE_WORDS : table_at(KIND/2, 0, 1);
     union {
-        __align__(16) int8_t level[KEYS*LDK > ROWS*LDV ? KEYS*LDK : ROWS*LDV]; // of keys (KEYS, LDK) or of a block of 32 values (32, LDV)
-        __align__(16) float  gain_v[NB*TILE]; // of each 16 keys, i and i + 8 are neighbours
+        __align__(16) int8_t level[KEYS*LDK > KEYSV*LDV ? KEYS*LDK : KEYSV*LDV]; // of keys (KEYS, LDK) or of values (KEYSV, LDV)
+        __align__(16) float  gain_v[NB*TILE]; // by the largest of the tile, times BYTES; of each 16 keys, i and i + 8 are neighbours
     };
-    __align__(16) float  gain_k[3*NB*KEYS];
+    __align__(16) float  gain_k[GROUPS*NB*KEYS];
     union {
         __align__(16) float2  score[NT*4*WARP_SIZE]; // (n, 16 keys, lane): keys g and g + 8
         __align__(16) uint8_t p[NT*NB*4*128];        // (n, block, 16 keys): B fragments of p*gain
     };
+    __align__(16) uint32_t tables[TABLE_K + TABLE_V]; // levels of keys, of values
 };
+
+// How a block is made: teams of warps, one for each of its KV heads. A team has tiles of its own; rows are copied for all of its heads at once,
+// since those of one head are a few bytes here and there.
+struct block_plan {
+    int heads, teams;     // KV heads of a block, teams
+    int pitch_k, pitch_v; // bytes of a row in shared memory
+    int skew_k, skew_v;   // a row's place in 16 bytes, where rows are copied by 16 bytes; ONE_PIECE: all of them as they lie; BY_WORDS
+    int ring;             // bytes of a team: K 0, K 1, V 0, V 1 of a tile, ROWS rows each
+};
+static constexpr int ROWS = TILE/2; // copied at a time
+static constexpr int ONE_PIECE = 16, BY_WORDS = -1;
 
 // Tiles of a block: each of them, one more in the first rest blocks
 struct block_tiles {
     int each, rest;
 };
 
-// blockIdx: (part, KV head, stream x chunk of 4*NT queries). D: head_dim of keys and values.
+// blockIdx: (part, heads KV heads, stream x chunk of 4*NT queries). D: head_dim of keys and values.
 // KIND: of the types, see decode_kinds
 // early: no kernel of this graph before this one writes cells
 template <int D, int NT, int KIND>
-static __global__ void __launch_bounds__(THREADS, min_blocks(D, NT)) decode_kernel(seqkv_view a, frame_queries f, seqkv_parts parts, block_tiles tiles, int n_chunks, bool early) {
-    using smem_t = warp_smem<D, NT>;
-    constexpr int NB = smem_t::NB, KEYS = smem_t::KEYS, ROWS = smem_t::ROWS, PITCH = smem_t::PITCH, LDK = smem_t::LDK, LDV = smem_t::LDV;
+static __global__ void __launch_bounds__(max_warps(D, NT)*WARP_SIZE, 1) decode_kernel(seqkv_view a, frame_queries f, seqkv_parts parts, block_plan plan, block_tiles tiles, int n_chunks, bool early) {
+    using smem_t = warp_smem<D, NT, KIND>;
+    constexpr int NB = smem_t::NB, KEYS = smem_t::KEYS, LDK = smem_t::LDK, LDV = smem_t::LDV;
+    constexpr int VB = smem_t::VB, KEYSV = smem_t::KEYSV, GROUPS = smem_t::GROUPS, TABLE_K = smem_t::TABLE_K;
     constexpr int MT = KEYS/16, DT = D/16, BITS = KIND/2, GRADED = KIND%2;
     constexpr int AT_ONCE = BITS == 3 || KIND == 4 ? ROWS/KEYS : 1; // steps unrolled: what was fastest (H200)
-    constexpr int GROUPS = BITS == 0 || GRADED ? 3 : 1; // of a block's values, with a gain each
     extern __shared__ __align__(16) char smem_raw[];
+    __shared__ uint64_t barriers[max_warps(D, NT)][8]; // of teams: of each piece, that it is there, and that it is done with
 
     if (!early) {
         ggml_cuda_pdl_sync();
     }
     ggml_cuda_pdl_lc();
-    const int h = blockIdx.y, s = n_chunks == 1 ? blockIdx.z : blockIdx.z/n_chunks, q0 = (blockIdx.z - s*n_chunks)*4*NT;
+    const int warp = __shfl_sync(0xffffffff, threadIdx.x/WARP_SIZE, 0), lane = threadIdx.x%WARP_SIZE, g = lane/4, t = lane%4; // the same for all lanes, and known to be
+    const int team = warp/plan.heads, local = warp - team*plan.heads;
+    const int h0 = blockIdx.y*plan.heads, h = h0 + local, s = n_chunks == 1 ? blockIdx.z : blockIdx.z/n_chunks, q0 = (blockIdx.z - s*n_chunks)*4*NT;
     const int nq = a.n_tokens*a.group;
-    const int warp = threadIdx.x/WARP_SIZE, lane = threadIdx.x%WARP_SIZE, g = lane/4, t = lane%4;
     smem_t & sm = ((smem_t *) smem_raw)[warp];
-    const bool  dense   = a.form_k == SEQKV_DENSE;
+    char * ring = smem_raw + plan.heads*plan.teams*sizeof(smem_t) + team*plan.ring;
+    const bool  dense   = (KIND == 0 || GRADED) && a.form_k == SEQKV_DENSE; // uniform keys of a live type have no profile
     const int   tile0 = blockIdx.x*tiles.each + min((int) blockIdx.x, tiles.rest), tile1 = tile0 + tiles.each + ((int) blockIdx.x < tiles.rest);
     const int32_t * meta = a.meta + (int64_t) s*a.n_virt;
     const int   bits_v  = BITS ? BITS : a.bits_v;
     const int   block_k = a.size_k/NB, block_v = a.size_v/NB;
     const float log2e = 1.44269504f, scale2 = a.p.scale*log2e;
-    constexpr int PIECES = cell_pieces(D, BITS, GRADED);
-    static_assert(cell_pieces(D, BITS, 0) <= PIECES && 16*PIECES <= PITCH, "values have no more");
-    using loader = row_loader<PITCH, PIECES>;
-    const loader rows_k(a.cell_k(s, 0, h), a.k_nb1, a.k_nb2, a.size_k);
-    const loader rows_v(a.cell_v(s, 0, h), a.v_nb1, a.v_nb2, a.size_v);
-    const auto load_piece = [&](int at, int tile, int piece) { // K 0, K 1, V 0, V 1
-        const loader rows = piece < 2 ? rows_k : rows_v;
-        rows.template load<ROWS>(sm.raw[at], tile*TILE + (piece & 1)*ROWS, tile < tile1 ? a.p.n_kv : 0);
-    };
-    const auto load_three = [&](int at, int tile) {
-#pragma unroll 1
-        for (int piece = 0; piece < 3; ++piece) {
-            load_piece(at, tile, piece);
-            at = at == 2 ? 0 : at + 1;
+
+    // pieces 0..3 of a tile: K 0, K 1, V 0, V 1
+    uint64_t * barrier = barriers[team];
+    uint32_t phase = 0; // of the barriers, a bit each: those that pieces are there, and from bit 4 that they are done with
+    const auto piece_at = [&](int piece) { return ring + (piece < 2 ? piece*ROWS*plan.pitch_k : ROWS*(2*plan.pitch_k + (piece - 2)*plan.pitch_v)); };
+    // rows of a piece, once all warps of the team are done with those before
+    const auto fill = [&](int piece, int tile, bool first) {
+        if (tile >= tile1 || (bulk_copies && piece%plan.heads != local)) { // bulk copies are the work of one warp
+            return;
+        }
+        if (!first) {
+            if constexpr (async_barriers) {
+                barrier_wait(barrier + 4 + piece, phase >> (4 + piece) & 1);
+                phase ^= 16 << piece;
+            } else {
+                named_barrier(team, plan.heads*WARP_SIZE);
+            }
+        }
+        const bool   key  = piece < 2;
+        const int    j0   = tile*TILE + (piece & 1)*ROWS, n = max(0, min(ROWS, a.p.n_kv - j0));
+        const int    skew = key ? plan.skew_k : plan.skew_v, pitch = key ? plan.pitch_k : plan.pitch_v;
+        const int    nb1  = (int) (key ? a.k_nb1 : a.v_nb1), size = plan.heads*(key ? a.size_k : a.size_v);
+        const char * src  = key ? a.cell_k(s, j0, h0) : a.cell_v(s, j0, h0);
+        char       * dst  = piece_at(piece);
+        if (bulk_copies && skew >= 0) {
+            const bool one   = skew == ONE_PIECE;
+            const int  bytes = one ? n*nb1 & ~15 : (skew + size + 15) & ~15;
+            if (lane == 0) {
+                for (int i = bytes; one && i < n*nb1; ++i) {
+                    dst[i] = src[i];
+                }
+                barrier_arrive_expect(barrier + piece, one ? bytes : n*bytes);
+            }
+            __syncwarp();
+            if (one ? lane == 0 && bytes > 0 : lane < n) {
+                bulk_copy(one ? dst : dst + lane*pitch, one ? src : src + (int64_t) lane*nb1 - skew, bytes, barrier + piece);
+            }
+            __syncwarp();
+            return;
+        }
+        const int first_warp = bulk_copies ? 0 : local, warps = bulk_copies ? 1 : plan.heads;
+        if (skew == ONE_PIECE) {
+#pragma unroll 4
+            for (int i = 16*(first_warp*WARP_SIZE + lane); i < n*nb1; i += 16*WARP_SIZE*warps) {
+                copy_async16(dst + i, src + i);
+            }
+        } else {
+            const int step = skew >= 0 ? 16 : 4;
+            for (int r = first_warp; r < n; r += warps) {
+                const char * row = src + (int64_t) r*nb1;
+                const int    at  = skew >= 0 ? skew : (int) (uintptr_t) row & 3;
+                for (int i = step*lane; i < at + size; i += step*WARP_SIZE) {
+                    if (skew >= 0) {
+                        copy_async16(dst + r*pitch + i, row + i - at);
+                    } else {
+                        copy_async4(dst + r*pitch + i, row + i - at);
+                    }
+                }
+            }
+        }
+        if constexpr (bulk_copies) { // one thread arrives for all
+            copy_commit();
+            copy_wait();
+            __syncwarp();
+            if (lane == 0) {
+                barrier_arrive(barrier + piece);
+            }
+            __syncwarp();
+        } else {
+            barrier_arrive_copied(barrier + piece);
         }
     };
+    const auto wait_for = [&](int piece) {
+        if constexpr (async_barriers) {
+            barrier_wait(barrier + piece, phase >> piece & 1);
+            phase ^= 1 << piece;
+        } else {
+            named_barrier(team, plan.heads*WARP_SIZE);
+        }
+    };
+    const auto done_with = [&](int piece) { // behind a barrier of the warp
+        if (lane == 0) {
+            barrier_arrive(barrier + 4 + piece);
+        }
+        __syncwarp();
+    };
+    // byte of row r's cell in its piece, block b
+    const auto begin_of = [&](bool key, int tile, int piece, int r, int b) {
+        const int skew = key ? plan.skew_k : plan.skew_v;
+        return r*(key ? plan.pitch_k : plan.pitch_v) + local*(key ? a.size_k : a.size_v) + b*(key ? block_k : block_v) +
+            (skew == ONE_PIECE ? 0 : skew >= 0 ? skew : (int) (uintptr_t) (key ? a.cell_k(s, tile*TILE + (piece & 1)*ROWS + r, h0) : a.cell_v(s, tile*TILE + (piece & 1)*ROWS + r, h0)) & 3);
+    };
+    if (threadIdx.x < 8*plan.teams) {
+        barrier_init(&barriers[threadIdx.x/8][threadIdx.x%8], threadIdx.x%8 >= 4 ? plan.heads : bulk_copies ? 1 : plan.heads*WARP_SIZE);
+    }
+    __syncthreads();
 
-    // this lane's two cells of a tile, i = 0, 1: meta, mask of the first token, and which other tokens attend to it
+    // this lane's two cells of a tile, i = 0, 1: meta and mask of the first token
     int32_t  next_meta[2];
     uint16_t next_mask[2];
-    int      next_seen[2];
     const uint16_t * mask   = (const uint16_t *) a.mask_row(s, 0);
     const int64_t    mask_n = a.mask_nb1/sizeof(half);
     const auto load_meta = [&](int tile) {
@@ -399,14 +474,9 @@ static __global__ void __launch_bounds__(THREADS, min_blocks(D, NT)) decode_kern
             const int j = tile*TILE + 32*i + lane;
             next_meta[i] = -1;
             next_mask[i] = 0xffff;
-            next_seen[i] = 0;
             if (tile < tile1 && j < a.p.n_kv) {
                 next_meta[i] = meta[j];
                 next_mask[i] = mask[j];
-#pragma unroll 1
-                for (int k = 1; k < a.n_tokens; ++k) {
-                    next_seen[i] |= (mask[k*mask_n + j] & 0x7fff) == 0 ? 1 << k : 0;
-                }
             }
         }
     };
@@ -449,36 +519,49 @@ static __global__ void __launch_bounds__(THREADS, min_blocks(D, NT)) decode_kern
         }
     }
 
-    const int first_tile = tile0 + warp;
-    int place = 0; // of K 0 among the three
-    load_three(place, first_tile);
+    const int first_tile = tile0 + team;
+#pragma unroll 1
+    for (int piece = 0; piece < 4; ++piece) {
+        fill(piece, first_tile, true);
+    }
     load_meta(first_tile);
-    __shared__ __align__(16) uint32_t tables[2*TABLE_WORDS]; // levels of keys, of values
-    load_level_tables(BITS ? BITS : a.bits_k, BITS ? GRADED : a.graded_k, bits_v, tables);
-    __syncthreads();
+    load_level_tables(BITS ? BITS : a.bits_k, BITS ? GRADED : a.graded_k, bits_v, sm.tables, TABLE_K, smem_t::TABLE_V, lane, WARP_SIZE);
+    __syncwarp();
     if (early) {
         ggml_cuda_pdl_sync();
     }
-    for (int tile = first_tile; tile < tile1; tile += WARPS) {
-        const int place1 = place == 2 ? 0 : place + 1, place2 = place == 0 ? 2 : place - 1;
-        int cell[2], origin[2]; // offset | tokens that attend to it << 8; -1: none does
+    for (int tile = first_tile; tile < tile1; tile += plan.teams) {
+        int cell[2]; // offset | tokens that attend to it << 8
         int first = INT_MAX, last = -1;
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-            const int seen = next_seen[i] | ((next_mask[i] & 0x7fff) == 0 ? 1 : 0);
-            origin[i] = seen == 0 ? -1 : next_meta[i] >> 8;
-            cell[i]   = (next_meta[i] & 63) | (origin[i] < 0 ? 0 : seen << 8);
-            first = min(first, origin[i] < 0 ? INT_MAX : origin[i]);
-            last  = max(last, origin[i]);
+            int seen = (next_mask[i] & 0x7fff) == 0 ? 1 : 0;
+            if (a.n_tokens > 1) {
+                const int j = min(tile*TILE + 32*i + lane, a.p.n_kv - 1);
+#pragma unroll 1
+                for (int k = 1; k < a.n_tokens; ++k) {
+                    seen |= (mask[k*mask_n + j] & 0x7fff) == 0 ? 1 << k : 0;
+                }
+            }
+            seen = next_meta[i] < 0 ? 0 : seen;
+            cell[i] = (next_meta[i] & 63) | seen << 8;
+            first = min(first, seen ? next_meta[i] >> 8 : INT_MAX);
+            last  = max(last,  seen ? next_meta[i] >> 8 : -1);
         }
-        load_meta(tile + WARPS);
+        load_meta(tile + plan.teams);
         first = warp_min(first);
         last  = warp_max(last);
         if (last < 0) { // nothing attended to
-            copy_wait();
-            __syncwarp();
-            place = place1;
-            load_three(place, tile + WARPS);
+            const int there = tile == first_tile ? 4 : 2;
+#pragma unroll 1
+            for (int piece = 0; piece < there; ++piece) {
+                wait_for(piece);
+                done_with(piece);
+            }
+#pragma unroll 1
+            for (int piece = 0; piece < 2; ++piece) {
+                fill(piece, tile + plan.teams, false);
+            }
             continue;
         }
         const bool one_origin = first == last;
@@ -489,9 +572,7 @@ static __global__ void __launch_bounds__(THREADS, min_blocks(D, NT)) decode_kern
         // scores
 #pragma unroll 1
         for (int half = 0; half < 2; ++half) {
-            const int held = half ? place1 : place;
-            copy_wait_but<2>();
-            __syncwarp();
+            wait_for(half);
 #pragma unroll (AT_ONCE)
             for (int sub = 0; sub < ROWS; sub += KEYS) {
                 int   c2[MT][2], o2[MT][2]; // keys g and g + 8 of each 16: cell, origin, and predictions if there is one origin
@@ -501,8 +582,14 @@ static __global__ void __launch_bounds__(THREADS, min_blocks(D, NT)) decode_kern
 #pragma unroll
                     for (int e = 0; e < 2; ++e) {
                         const int from = sub + 16*mt + g + 8*e;
-                        c2[mt][e] = __shfl_sync(0xffffffff, half ? cell[1] : cell[0], from);
-                        o2[mt][e] = one_origin ? first : __shfl_sync(0xffffffff, half ? origin[1] : origin[0], from);
+                        c2[mt][e] = 0;
+                        o2[mt][e] = first;
+                        if (dense || !one_origin) {
+                            c2[mt][e] = __shfl_sync(0xffffffff, half ? cell[1] : cell[0], from);
+                        }
+                        if (!one_origin) {
+                            o2[mt][e] = c2[mt][e] >> 8 ? meta[tile*TILE + half*ROWS + from] >> 8 : -1;
+                        }
 #pragma unroll
                         for (int n = 0; n < NT; ++n) {
                             pred2[n][mt][e] = dense ? pred[4*n*SEQKV_FRAME + (c2[mt][e] & 63)] : 0.0f;
@@ -512,14 +599,14 @@ static __global__ void __launch_bounds__(THREADS, min_blocks(D, NT)) decode_kern
 #pragma unroll 1
                 for (int pass = 0; pass < KEYS*NB/WARP_SIZE; ++pass) {
                     const int key = lane%KEYS, b = lane/KEYS + pass*(WARP_SIZE/KEYS);
-                    const uint32_t * raw = (const uint32_t *) (sm.raw[held] + (sub + key)*PITCH);
-                    const int begin = rows_k.begin(tile*TILE + half*ROWS + sub + key) + b*block_k;
+                    const uint32_t * raw = (const uint32_t *) piece_at(half);
+                    const int begin = begin_of(true, tile, half, sub + key, b);
                     uint32_t out[16];
                     float    factor[3];
                     if constexpr (BITS) {
-                        decode_block<BITS, GRADED, true>(raw, begin, tables, out, factor);
+                        decode_block<BITS, GRADED, true>(raw, begin, sm.tables, out, factor);
                     } else {
-                        decode_any<true>(a.bits_k, a.graded_k, raw, begin, out, factor, tables);
+                        decode_any<true>(a.bits_k, a.graded_k, raw, begin, out, factor, sm.tables);
                     }
 #pragma unroll
                     for (int i = 0; i < 4; ++i) {
@@ -531,8 +618,14 @@ static __global__ void __launch_bounds__(THREADS, min_blocks(D, NT)) decode_kern
                     }
                 }
                 __syncwarp();
-                if (sub + KEYS == ROWS) { // the rows are done with
-                    load_piece(held, half ? tile + WARPS : tile, half ? 0 : 3);
+                if (sub + KEYS == ROWS) {
+                    done_with(half);
+                    if (half == 0 && tile != first_tile) { // other warps are done with the values before
+#pragma unroll 1
+                        for (int piece = 2; piece < 4; ++piece) {
+                            fill(piece, tile, false);
+                        }
+                    }
                 }
 
 #pragma unroll
@@ -602,14 +695,10 @@ static __global__ void __launch_bounds__(THREADS, min_blocks(D, NT)) decode_kern
                         }
 #pragma unroll
                         for (int n = 0; n < NT; ++n) {
-                            float x = scale2*(scale[n]*sum[n][0] + pred2[n][mt][0]);
-                            float y = scale2*(scale[n]*sum[n][1] + pred2[n][mt][1]);
-                            if (a.p.softcap != 0.0f) {
-                                x = log2e*seqkv_logit(x*(1.0f/scale2), a.p);
-                                y = log2e*seqkv_logit(y*(1.0f/scale2), a.p);
-                            }
-                            score[n].x = (c2[mt][0] & seen[n]) && o2[mt][0] == o ? x : score[n].x;
-                            score[n].y = (c2[mt][1] & seen[n]) && o2[mt][1] == o ? y : score[n].y;
+                            const float x = scale2*(scale[n]*sum[n][0] + pred2[n][mt][0]);
+                            const float y = scale2*(scale[n]*sum[n][1] + pred2[n][mt][1]);
+                            score[n].x = o2[mt][0] == o ? x : score[n].x;
+                            score[n].y = o2[mt][1] == o ? y : score[n].y;
                         }
                         if (one_origin || o == last) {
                             break;
@@ -625,25 +714,30 @@ static __global__ void __launch_bounds__(THREADS, min_blocks(D, NT)) decode_kern
             }
         }
 
+        fill(0, tile + plan.teams, false);
+
         // gains of the values
-        copy_wait_but<1>();
-        __syncwarp();
-        float max_v[NB];
+        wait_for(2);
+        wait_for(3);
+        float f_v[NB];
 #pragma unroll
         for (int b = 0; b < NB; ++b) {
-            max_v[b] = 0.0f;
+            int gain[2];
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
-                const int  key = 32*i + lane;
-                const int  raw = (uint8_t) sm.raw[i ? place : place2][lane*PITCH + rows_v.begin(tile*TILE + key) + b*block_v];
-                const float gain = origin[i] < 0 ? 0.0f : gain_of(raw, 1.0f/SEQKV_GAIN_STEPS, SEQKV_GAIN_BIAS);
-                sm.gain_v[b*TILE + (key & ~15) + 2*(key & 7) + (key >> 3 & 1)] = gain;
-                max_v[b] = fmaxf(max_v[b], gain);
+                gain[i] = (uint8_t) piece_at(2 + i)[begin_of(false, tile, 2 + i, lane, b)];
+                gain[i] = cell[i] >> 8 ? gain[i] : 0;
             }
-            max_v[b] = warp_reduce_max(max_v[b]);
+            const int largest = warp_max(max(gain[0], gain[1]));
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+                sm.gain_v[b*TILE + 32*i + (lane & 16) + 2*(lane & 7) + (lane >> 3 & 1)] = gain[i] ? exp2f((gain[i] - largest)*(1.0f/SEQKV_GAIN_STEPS))*BYTES : 0.0f;
+            }
+            f_v[b] = gain_of(largest, 1.0f/SEQKV_GAIN_STEPS, SEQKV_GAIN_BIAS)*(seqkv_scale_of(bits_v)/BYTES);
         }
 
         // softmax; the scores are read before p is written over them
+        const uint32_t ballot[2] = { __ballot_sync(0xffffffff, cell[0] >> 8) >> g, __ballot_sync(0xffffffff, cell[1] >> 8) >> g };
         float p[NT][4][2], f_old[NT];
 #pragma unroll
         for (int n = 0; n < NT; ++n) {
@@ -653,7 +747,28 @@ static __global__ void __launch_bounds__(THREADS, min_blocks(D, NT)) decode_kern
                 const float2 x = sm.score[(n*4 + i)*WARP_SIZE + lane];
                 p[n][i][0] = x.x;
                 p[n][i][1] = x.y;
-                max = fmaxf(max, fmaxf(x.x, x.y));
+            }
+            if (a.p.softcap != 0.0f) {
+#pragma unroll
+                for (int i = 0; i < 8; ++i) {
+                    p[n][i/2][i%2] = log2e*seqkv_logit(p[n][i/2][i%2]*(1.0f/scale2), a.p);
+                }
+            }
+            if (a.n_tokens == 1) {
+#pragma unroll
+                for (int i = 0; i < 8; ++i) {
+                    p[n][i/2][i%2] = ballot[i/4] >> (16*(i/2%2) + 8*(i%2)) & 1 ? p[n][i/2][i%2] : -INFINITY;
+                }
+            } else {
+#pragma unroll
+                for (int i = 0; i < 8; ++i) {
+                    const int c = __shfl_sync(0xffffffff, cell[i/4], 16*(i/2%2) + 8*(i%2) + g);
+                    p[n][i/2][i%2] = c & seen[n] ? p[n][i/2][i%2] : -INFINITY;
+                }
+            }
+#pragma unroll
+            for (int i = 0; i < 8; ++i) {
+                max = fmaxf(max, p[n][i/2][i%2]);
             }
 #pragma unroll
             for (int i = 4; i < WARP_SIZE; i *= 2) {
@@ -676,18 +791,14 @@ static __global__ void __launch_bounds__(THREADS, min_blocks(D, NT)) decode_kern
         }
         __syncwarp();
         const int p_place = 32*t + 4*(g & 3) + 2*(g >> 2); // of keys g and g + 8 in a B fragment, upper byte of query t
-        float f_v[NB];
 #pragma unroll
         for (int b = 0; b < NB; ++b) {
-            const float inv = max_v[b] > 0.0f ? BYTES/max_v[b] : 0.0f;
-            f_v[b] = max_v[b]*(seqkv_scale_of(bits_v)/BYTES);
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
                 const float2 gain = *(const float2 *) (sm.gain_v + b*TILE + 16*i + 2*g);
-                const float  x = gain.x*inv, y = gain.y*inv;
 #pragma unroll
                 for (int n = 0; n < NT; ++n) { // 2^23 + an integer
-                    const uint32_t u = __float_as_uint(fmaf(p[n][i][0], x, 8388608.0f)), v = __float_as_uint(fmaf(p[n][i][1], y, 8388608.0f));
+                    const uint32_t u = __float_as_uint(fmaf(p[n][i][0], gain.x, 8388608.0f)), v = __float_as_uint(fmaf(p[n][i][1], gain.y, 8388608.0f));
                     uint8_t * dst = sm.p + ((n*NB + b)*4 + i)*128 + p_place;
                     *(uint16_t *) dst        = (uint16_t) seqkv_prmt(u, v, 0x0051);
                     *(uint16_t *) (dst + 16) = (uint16_t) seqkv_prmt(u, v, 0x0040);
@@ -707,42 +818,46 @@ static __global__ void __launch_bounds__(THREADS, min_blocks(D, NT)) decode_kern
             }
         }
 #pragma unroll
-        for (int b = 0; b < NB; ++b) {
-            int c[NT][4][4] = {{{ 0 }}};
+        for (int b0 = 0; b0 < NB; b0 += VB) {
+            int c[NT][4*VB][4] = {{{ 0 }}};
 #pragma unroll 1
-            for (int half = 0; half < 2; ++half) {
-                const uint32_t * raw = (const uint32_t *) (sm.raw[half ? place : place2] + lane*PITCH);
-                const int begin = rows_v.begin(tile*TILE + half*ROWS + lane) + b*block_v;
+            for (int j = 0; j < TILE; j += KEYSV) {
+                const int key = lane%KEYSV, b = VB == 1 ? 0 : lane/KEYSV;
+                const uint32_t * raw = (const uint32_t *) piece_at(2 + j/ROWS);
+                const int begin = begin_of(false, tile, 2 + j/ROWS, j%ROWS + key, b0 + b);
                 uint32_t out[16];
                 if constexpr (BITS) {
-                    decode_levels<BITS, 0, true>(raw, begin, tables + TABLE_WORDS, out);
+                    decode_levels<BITS, 0, true>(raw, begin, sm.tables + TABLE_K, out);
                 } else {
-                    decode_uniform(bits_v, raw, begin, out, tables + TABLE_WORDS);
+                    decode_uniform(bits_v, raw, begin, out, sm.tables + TABLE_K);
                 }
 #pragma unroll
                 for (int i = 0; i < 4; ++i) {
-                    *(uint4 *) (sm.level + lane*LDV + 16*i) = make_uint4(out[4*i], out[4*i + 1], out[4*i + 2], out[4*i + 3]);
+                    *(uint4 *) (sm.level + key*LDV + 64*b + 16*i) = make_uint4(out[4*i], out[4*i + 1], out[4*i + 2], out[4*i + 3]);
                 }
                 __syncwarp();
 #pragma unroll
-                for (int mt = 0; mt < 2; ++mt) {
-                    uint32_t pb[NT];
-#pragma unroll
-                    for (int n = 0; n < NT; ++n) {
-                        pb[n] = *(const uint32_t *) (sm.p + ((n*NB + b)*4 + 2*half + mt)*128 + 4*lane);
-                    }
+                for (int mt = 0; mt < KEYSV/16; ++mt) {
                     // rows 2i and 2i + 1 of a matrix are keys i and i + 8, so that a register has the keys of one place of p
                     const int8_t * row = sm.level + (16*mt + (lane >> 1 & 3) + 8*(lane & 1) + 4*(lane >> 3 & 1))*LDV + (lane >> 4)*16;
 #pragma unroll
-                    for (int i = 0; i < 4; i += 2) {
-                        uint32_t r[4];
-                        load_transposed(r, row + 16*i);
-                        const uint32_t v0[2] = { seqkv_prmt(r[0], r[1], 0x6420), seqkv_prmt(r[0], r[1], 0x7531) };
-                        const uint32_t v1[2] = { seqkv_prmt(r[2], r[3], 0x6420), seqkv_prmt(r[2], r[3], 0x7531) };
+                    for (int v = 0; v < VB; ++v) {
+                        uint32_t pb[NT];
 #pragma unroll
                         for (int n = 0; n < NT; ++n) {
-                            mma_s8u8_k16(c[n][i],     v0, pb[n]);
-                            mma_s8u8_k16(c[n][i + 1], v1, pb[n]);
+                            pb[n] = *(const uint32_t *) (sm.p + ((n*NB + b0 + v)*4 + j/16 + mt)*128 + 4*lane);
+                        }
+#pragma unroll
+                        for (int i = 0; i < 4; i += 2) {
+                            uint32_t r[4];
+                            load_transposed(r, row + 64*v + 16*i);
+                            const uint32_t v0[2] = { seqkv_prmt(r[0], r[1], 0x6420), seqkv_prmt(r[0], r[1], 0x7531) };
+                            const uint32_t v1[2] = { seqkv_prmt(r[2], r[3], 0x6420), seqkv_prmt(r[2], r[3], 0x7531) };
+#pragma unroll
+                            for (int n = 0; n < NT; ++n) {
+                                mma_s8u8_k16(c[n][4*v + i],     v0, pb[n]);
+                                mma_s8u8_k16(c[n][4*v + i + 1], v1, pb[n]);
+                            }
                         }
                     }
                 }
@@ -751,25 +866,57 @@ static __global__ void __launch_bounds__(THREADS, min_blocks(D, NT)) decode_kern
 #pragma unroll
             for (int n = 0; n < NT; ++n) {
 #pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                    acc[n][4*b + i][0] += f_v[b]*(float) (256*c[n][i][0] + c[n][i][1]);
-                    acc[n][4*b + i][1] += f_v[b]*(float) (256*c[n][i][2] + c[n][i][3]);
+                for (int i = 0; i < 4*VB; ++i) {
+                    const float f = f_v[b0 + i/4];
+                    acc[n][4*b0 + i][0] += f*(float) (256*c[n][i][0] + c[n][i][1]);
+                    acc[n][4*b0 + i][1] += f*(float) (256*c[n][i][2] + c[n][i][3]);
                 }
             }
         }
-#pragma unroll 1
-        for (int i = 0; i < 2; ++i) {
-            load_piece(i ? place : place2, tile + WARPS, 1 + i);
-        }
-        place = place1;
+        done_with(2);
+        done_with(3);
+        fill(1, tile + plan.teams, false);
     }
 
-    copy_wait();
-    static_assert(4*NT*merge_pitch(D)*sizeof(float) <= sizeof(smem_t), "sums of a warp");
-    merge_warps<D, NT>(a, parts, (float *) smem_raw, m, l, acc, s, h, q0, blockIdx.x);
+    merge_warps<D, NT, max_warps(D, NT)>(a, parts, (float *) smem_raw, m, l, acc, s, h0, plan.heads, plan.heads*plan.teams, q0, blockIdx.x);
 }
 
-template <int D, int NT> static constexpr size_t decode_smem_bytes() { return WARPS*sizeof(warp_smem<D, NT>); }
+// The block with most warps that registers and shared memory allow; smem: its dynamic shared memory
+template <int D, int NT, int KIND> static block_plan plan_block(const seqkv_view & a, size_t smem_max, size_t & smem) {
+    using smem_t = warp_smem<D, NT, KIND>;
+    const size_t fixed = max_warps(D, NT)*(8*sizeof(uint64_t) + 2*4*NT*sizeof(float)); // barriers, maxima and sums
+    block_plan best = {};
+    bool best_words = true;
+    for (int heads = std::min(max_warps(D, NT), a.p.n_head_kv); heads > 0; --heads) {
+        if (a.p.n_head_kv%heads != 0) {
+            continue;
+        }
+        block_plan plan = {};
+        plan.heads = heads;
+        const auto rows = [&](const char * cells, int64_t nb1, int64_t nb2, int size, int & pitch, int & skew) {
+            const bool all = heads == a.p.n_head_kv;
+            if (all && nb1 == (int64_t) size*heads && (((uintptr_t) cells | nb2) & 15) == 0) {
+                pitch = (int) nb1;
+                skew  = ONE_PIECE;
+            } else {
+                skew  = ((nb1 | nb2 | (all ? 0 : size*heads)) & 15) == 0 ? (int) ((uintptr_t) cells & 15) : BY_WORDS;
+                pitch = 16*(((skew == BY_WORDS ? 3 : skew) + size*heads + 15)/16 | 1);
+            }
+        };
+        rows(a.k, a.k_nb1, a.k_nb2, a.size_k, plan.pitch_k, plan.skew_k);
+        rows(a.v, a.v_nb1, a.v_nb2, a.size_v, plan.pitch_v, plan.skew_v);
+        const bool words = plan.skew_k == BY_WORDS || plan.skew_v == BY_WORDS;
+        plan.ring  = (2*ROWS*(plan.pitch_k + plan.pitch_v) + 31)/16*16; // and some words that are read behind the last row
+        plan.teams = std::min(max_warps(D, NT)/heads, (int) ((smem_max - fixed)/(heads*sizeof(smem_t) + plan.ring)));
+        if (plan.teams > 0 && (best_words || !words) && (plan.teams*heads > best.teams*best.heads || (best_words && !words))) {
+            best       = plan;
+            best_words = words;
+        }
+    }
+    GGML_ASSERT(best.teams > 0);
+    smem = std::max((size_t) best.teams*(best.heads*sizeof(smem_t) + best.ring), (size_t) best.teams*best.heads*4*NT*merge_pitch(D)*sizeof(float));
+    return best;
+}
 
 template <int D, bool DENSE>
 static void launch_queries(ggml_backend_cuda_context & ctx, const seqkv_view & a, const frame_queries & f, const seqkv_parts & parts, bool overlap) {
@@ -807,20 +954,25 @@ static void decode_case(ggml_backend_cuda_context & ctx, const ggml_tensor * dst
     f.scale  = scale.get();
     f.pred   = pred.get();
 
-    constexpr size_t smem = decode_smem_bytes<D, NT>();
-    CUDA_SET_SHARED_MEMORY_LIMIT((decode_kernel<D, NT, KIND>), smem);
+    const auto & info = ggml_cuda_info().devices[ctx.device];
+    size_t smem;
+    const block_plan plan = plan_block<D, NT, KIND>(a, info.smpbo, smem);
+    const int n_threads = plan.heads*plan.teams*WARP_SIZE;
+    CUDA_SET_SHARED_MEMORY_LIMIT((decode_kernel<D, NT, KIND>), info.smpbo - max_warps(D, NT)*(8*sizeof(uint64_t) + 2*4*NT*sizeof(float)));
 
-    static int per_sm[GGML_CUDA_MAX_DEVICES] = { 0 };
-    if (per_sm[ctx.device] == 0) {
-        CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_sm[ctx.device], decode_kernel<D, NT, KIND>, THREADS, smem));
+    static struct { int threads, blocks; size_t smem; } fits[GGML_CUDA_MAX_DEVICES] = {}; // blocks of a multiprocessor, as asked last
+    auto & fit = fits[ctx.device];
+    if (fit.threads != n_threads || fit.smem != smem) {
+        CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&fit.blocks, decode_kernel<D, NT, KIND>, n_threads, smem));
+        fit.threads = n_threads;
+        fit.smem    = smem;
     }
-    const int nsm     = ggml_cuda_info().devices[ctx.device].nsm;
-    const int blocks  = nsm*std::max(1, per_sm[ctx.device]);
+    const int blocks  = info.nsm*std::max(1, fit.blocks);
     const int n_exact = (a.n_virt - a.p.n_kv + EXACT - 1)/EXACT;
     const int n_tiles = (a.p.n_kv + TILE - 1)/TILE;
 
     seqkv_parts parts;
-    parts.n_z      = std::max(1, std::min((n_tiles + WARPS - 1)/WARPS, blocks/(a.p.n_head_kv*a.n_stream*n_chunks)));
+    parts.n_z      = std::max(1, std::min((n_tiles + plan.teams - 1)/plan.teams, blocks/(a.p.n_head_kv/plan.heads*a.n_stream*n_chunks)));
     parts.n_parts  = parts.n_z + n_exact;
     parts.permuted = 1;
     const int64_t n_out = (int64_t) a.n_stream*a.n_tokens*a.n_head*parts.n_parts;
@@ -834,12 +986,16 @@ static void decode_case(ggml_backend_cuda_context & ctx, const ggml_tensor * dst
     } else {
         launch_queries<D, false>(ctx, a, f, parts, overlap);
     }
-    ggml_cuda_kernel_launch((decode_kernel<D, NT, KIND>), ggml_cuda_kernel_launch_params(dim3(parts.n_z, a.p.n_head_kv, a.n_stream*n_chunks), dim3(THREADS), smem, stream),
-        a, f, parts, block_tiles { n_tiles/parts.n_z, n_tiles%parts.n_z }, n_chunks, overlap && a.p.stored_before);
+    ggml_cuda_kernel_launch((decode_kernel<D, NT, KIND>), ggml_cuda_kernel_launch_params(dim3(parts.n_z, a.p.n_head_kv/plan.heads, a.n_stream*n_chunks), dim3(n_threads), smem, stream),
+        a, f, parts, plan, block_tiles { n_tiles/parts.n_z, n_tiles%parts.n_z }, n_chunks, overlap && a.p.stored_before);
     seqkv_combine(ctx, a, parts, rows);
 }
 
 template <int D, int NT> static void decode_types(ggml_backend_cuda_context & ctx, const ggml_tensor * dst, const ggml_tensor * rows, bool overlap) {
+    if (seqkv_view_of(dst).form_k == SEQKV_DENSE && !ggml_seqkv_graded(dst->src[1]->type)) { // live types have no profile without graded keys
+        decode_case<D, NT, 0>(ctx, dst, rows, overlap);
+        return;
+    }
     decode_kinds(dst, [&](auto kind) { decode_case<D, NT, decltype(kind)::value>(ctx, dst, rows, overlap); });
 }
 

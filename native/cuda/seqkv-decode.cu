@@ -29,9 +29,5 @@ bool seqkv_decode_supported(int device, const ggml_tensor * dst) {
             !ggml_seqkv_bits(k->type) || !ggml_seqkv_bits(v->type) || ggml_seqkv_graded(v->type)) {
         return false;
     }
-    const auto smem = [&](size_t nt1, size_t nt2, size_t most) { return n_queries <= 4 ? nt1 : n_queries <= 8 ? nt2 : most; };
-    const size_t bytes = p.dk ==  64 ? smem(decode_smem_bytes< 64, 1>(), decode_smem_bytes< 64, 2>(), decode_smem_bytes< 64, max_nt( 64)>())
-                       : p.dk == 128 ? smem(decode_smem_bytes<128, 1>(), decode_smem_bytes<128, 2>(), decode_smem_bytes<128, max_nt(128)>())
-                                     : smem(decode_smem_bytes<256, 1>(), decode_smem_bytes<256, 2>(), decode_smem_bytes<256, max_nt(256)>());
-    return std::max(bytes, (size_t) query_smem(p.dk, true)) <= info.smpbo;
+    return (size_t) query_smem(p.dk, true) <= info.smpbo; // decode_kernel takes less, with one KV head a block
 }

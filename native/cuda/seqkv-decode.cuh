@@ -269,13 +269,13 @@ template <int PITCH, int PIECES = 0> struct row_loader {
 
 static constexpr __host__ __device__ int merge_pitch(int d) { return d + 8; } // free of conflicts for what writes and reads sums
 
-// The sums of a block's warps -> a part. all: (WARPS, 4*NT, merge_pitch(D)) scratch that others may still read; m, l of lane 4*g + t: of query t of
-// each n, m of base 2, l over this lane's keys; acc: its values 16*i + 2*g, + 1
-template <int D, int NT>
+// The sums of a block's warps -> a part. Warps i, i + heads, ... (of n) have sums of KV head h0 + i. all: (n, 4*NT, merge_pitch(D)) scratch that others may
+// still read; m, l of lane 4*g + t: of query t of each n, m of base 2, l over this lane's keys; acc: its values 16*i + 2*g, + 1
+template <int D, int NT, int MAX_WARPS>
 SEQKV_FN void merge_warps(const seqkv_view & a, const seqkv_parts & parts, float * all, const float (&m)[NT], const float (&l)[NT],
-        const float (&acc)[NT][D/16][2], int s, int h, int q0, int part) {
+        const float (&acc)[NT][D/16][2], int s, int h0, int heads, int n_warps, int q0, int part) {
     const int warp = threadIdx.x/WARP_SIZE, lane = threadIdx.x%WARP_SIZE, g = lane/4, t = lane%4, nq = a.n_tokens*a.group;
-    __shared__ float warp_m[WARPS][4*NT], warp_l[WARPS][4*NT];
+    __shared__ float warp_m[MAX_WARPS][4*NT], warp_l[MAX_WARPS][4*NT];
 #pragma unroll
     for (int n = 0; n < NT; ++n) {
         float sum = l[n];
@@ -291,9 +291,8 @@ SEQKV_FN void merge_warps(const seqkv_view & a, const seqkv_parts & parts, float
     __syncthreads();
 #pragma unroll
     for (int n = 0; n < NT; ++n) {
-        float max = warp_m[0][4*n + t];
-#pragma unroll
-        for (int w = 1; w < WARPS; ++w) {
+        float max = -INFINITY;
+        for (int w = warp%heads; w < n_warps; w += heads) {
             max = fmaxf(max, warp_m[w][4*n + t]);
         }
         const float x = m[n] == -INFINITY ? 0.0f : exp2f(m[n] - max);
@@ -303,29 +302,25 @@ SEQKV_FN void merge_warps(const seqkv_view & a, const seqkv_parts & parts, float
         }
     }
     __syncthreads();
-    constexpr int AT_ONCE = THREADS/(D/4); // queries
-#pragma unroll
-    for (int i = 0; i < 4*NT; i += AT_ONCE) {
-        const int query = i + threadIdx.x/(D/4), j = threadIdx.x%(D/4)*4;
-        if (query < min(4*NT, nq - q0)) {
-            float4 x[WARPS];
-#pragma unroll
-            for (int w = 0; w < WARPS; ++w) {
-                x[w] = *(const float4 *) (all + (w*4*NT + query)*merge_pitch(D) + j);
-            }
-            static_assert(WARPS == 4, "sums of four");
-            *(float4 *) (parts.acc + part_index(a, parts, s, h, q0 + query, part)*D + j) = make_float4(x[0].x + x[1].x + x[2].x + x[3].x,
-                x[0].y + x[1].y + x[2].y + x[3].y, x[0].z + x[1].z + x[2].z + x[3].z, x[0].w + x[1].w + x[2].w + x[3].w);
+    const int n_out = min(4*NT, nq - q0)*heads;
+    for (int i = threadIdx.x; i < n_out*(D/4); i += n_warps*WARP_SIZE) {
+        const int query = i/(D/4)/heads, head = i/(D/4) - query*heads, j = i%(D/4)*4;
+        float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+        for (int w = head; w < n_warps; w += heads) {
+            const float4 x = *(const float4 *) (all + (w*4*NT + query)*merge_pitch(D) + j);
+            sum = make_float4(sum.x + x.x, sum.y + x.y, sum.z + x.z, sum.w + x.w);
         }
+        *(float4 *) (parts.acc + part_index(a, parts, s, h0 + head, q0 + query, part)*D + j) = sum;
     }
-    if (threadIdx.x < 4*NT && q0 + threadIdx.x < nq) {
+    for (int i = threadIdx.x; i < n_out; i += n_warps*WARP_SIZE) {
+        const int query = i/heads, head = i - query*heads;
         float max = -INFINITY, sum = 0.0f;
-        for (int w = 0; w < WARPS; ++w) {
-            max = fmaxf(max, warp_m[w][threadIdx.x]);
+        for (int w = head; w < n_warps; w += heads) {
+            max = fmaxf(max, warp_m[w][query]);
         }
-        for (int w = 0; w < WARPS; ++w) {
-            sum += warp_m[w][threadIdx.x] == -INFINITY ? 0.0f : warp_l[w][threadIdx.x]*exp2f(warp_m[w][threadIdx.x] - max);
+        for (int w = head; w < n_warps; w += heads) {
+            sum += warp_m[w][query] == -INFINITY ? 0.0f : warp_l[w][query]*exp2f(warp_m[w][query] - max);
         }
-        parts.ml[part_index(a, parts, s, h, q0 + threadIdx.x, part)] = make_float2(max/1.44269504f, sum);
+        parts.ml[part_index(a, parts, s, h0 + head, q0 + query, part)] = make_float2(max/1.44269504f, sum);
     }
 }

@@ -125,9 +125,100 @@ SEQKV_FN void copy_wait() {
 #endif
 }
 
+// Barriers in shared memory (mbarrier, compute capability 8.0) that a number of threads arrive at, some by copies that have landed, and bulk copies of
+// bytes in multiples of 16 (9.0), which a barrier counts. parity: of the phase that is waited for, 0 of the first one.
+#if __CUDA_ARCH__ >= 900
+static constexpr bool bulk_copies = true;
+#else
+static constexpr bool bulk_copies = false;
+#endif
+#if __CUDA_ARCH__ >= 800
+static constexpr bool async_barriers = true;
+#else
+static constexpr bool async_barriers = false;
+#endif
+SEQKV_FN void barrier_init(uint64_t * barrier, int n) {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("mbarrier.init.shared.b64 [%0], %1;" :: "r"((uint32_t) __cvta_generic_to_shared(barrier)), "r"(n) : "memory");
+#endif
+#if __CUDA_ARCH__ >= 900
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); // before bulk copies
+#endif
+    GGML_UNUSED_VARS(barrier, n);
+}
+SEQKV_FN void barrier_arrive(uint64_t * barrier) {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("{\n.reg .b64 state;\nmbarrier.arrive.shared.b64 state, [%0];\n}" :: "r"((uint32_t) __cvta_generic_to_shared(barrier)) : "memory");
+#endif
+    GGML_UNUSED(barrier);
+}
+// once the asynchronous copies of this thread have landed
+SEQKV_FN void barrier_arrive_copied(uint64_t * barrier) {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" :: "r"((uint32_t) __cvta_generic_to_shared(barrier)) : "memory");
+#endif
+    GGML_UNUSED(barrier);
+}
+// ... and that many bytes of bulk copies are to land
+SEQKV_FN void barrier_arrive_expect(uint64_t * barrier, int bytes) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" :: "r"((uint32_t) __cvta_generic_to_shared(barrier)), "r"(bytes) : "memory");
+#endif
+    GGML_UNUSED_VARS(barrier, bytes);
+}
+SEQKV_FN void barrier_wait(uint64_t * barrier, uint32_t parity) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("{\n.reg .pred done;\nagain%=:\nmbarrier.try_wait.parity.shared.b64 done, [%0], %1;\n@!done bra again%=;\n}"
+        :: "r"((uint32_t) __cvta_generic_to_shared(barrier)), "r"(parity) : "memory");
+#elif __CUDA_ARCH__ >= 800
+    asm volatile("{\n.reg .pred done;\nagain%=:\nmbarrier.test_wait.parity.shared.b64 done, [%0], %1;\n@!done bra again%=;\n}"
+        :: "r"((uint32_t) __cvta_generic_to_shared(barrier)), "r"(parity) : "memory");
+#endif
+    GGML_UNUSED_VARS(barrier, parity);
+}
+SEQKV_FN void bulk_copy(void * dst, const void * src, int bytes, uint64_t * barrier) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+        :: "r"((uint32_t) __cvta_generic_to_shared(dst)), "l"(src), "r"(bytes), "r"((uint32_t) __cvta_generic_to_shared(barrier)) : "memory");
+#endif
+    GGML_UNUSED_VARS(dst, src, bytes, barrier);
+}
+// of n threads, where there are no such barriers
+SEQKV_FN void named_barrier(int id, int n) { asm volatile("bar.sync %0, %1;" :: "r"(id), "r"(n) : "memory"); }
+
 // Entries (n, k .. k + 7) of the Hadamard matrix of +-1, as f16; k a multiple of 8
 SEQKV_FN uint4 hadamard8(int n, int k) {
     const uint32_t base = 0x3c003c00 ^ ((n & 1) << 31) ^ (__popc(n & k) & 1 ? 0x80008000 : 0);
     const uint32_t w1   = n & 2 ? 0x80008000 : 0, w2 = n & 4 ? 0x80008000 : 0;
     return make_uint4(base, base ^ w1, base ^ w2, base ^ w1 ^ w2);
+}
+
+// acc <- z H, not normalized, for 16 rows z (16, D + 8) in shared memory; acc: C fragments. Within 16 columns on tensor cores, between them by sums and
+// differences. b: B fragments of the matrix of 16, for two tiles of columns
+template <int D> SEQKV_FN void hadamard_mma(const half * z, const uint32_t (&b)[2][2], float (&acc)[D/8][4]) {
+    const int lane = threadIdx.x%WARP_SIZE;
+#pragma unroll
+    for (int k = 0; k < D/16; ++k) {
+        uint32_t x[4];
+        load_a(x, z + lane%16*(D + 8) + 16*k + lane/16*8);
+#pragma unroll
+        for (int n = 0; n < 2; ++n) {
+            acc[2*k + n][0] = acc[2*k + n][1] = acc[2*k + n][2] = acc[2*k + n][3] = 0.0f;
+            mma_f16(acc[2*k + n], x, b[n][0], b[n][1]);
+        }
+    }
+#pragma unroll
+    for (int m = 2; m < D/8; m *= 2) {
+#pragma unroll
+        for (int n = 0; n < D/8; ++n) {
+            if (!(n & m)) {
+#pragma unroll
+                for (int e = 0; e < 4; ++e) {
+                    const float u = acc[n][e], v = acc[n | m][e];
+                    acc[n][e]     = u + v;
+                    acc[n | m][e] = u - v;
+                }
+            }
+        }
+    }
 }

@@ -66,37 +66,12 @@ SEQKV_FN void decode_rows(const seqkv_view & a, bool is_key, int s, int h, int f
     __syncwarp();
 }
 
-// acc <- z H: within 16 columns on tensor cores, between them by sums and differences
+// acc <- z H
 template <int D>
 SEQKV_FN void hadamard_rows(const half * z, row_values<D> & acc) {
-    constexpr int LD = D + 8;
     const int lane = threadIdx.x%WARP_SIZE, g = lane/4, t = lane%4;
-    const uint32_t plus  = hadamard8(g, 0).x ^ (__popc(g & 2*t) & 1 ? 0x80008000 : 0); // entries (g, 2t), (g, 2t + 1)
-    const uint32_t minus = plus ^ 0x80008000;
-#pragma unroll
-    for (int k = 0; k < D/16; ++k) {
-        uint32_t x[4];
-        load_a(x, z + lane%16*LD + 16*k + lane/16*8);
-#pragma unroll
-        for (int n = 0; n < 2; ++n) {
-            acc[2*k + n][0] = acc[2*k + n][1] = acc[2*k + n][2] = acc[2*k + n][3] = 0.0f;
-            mma_f16(acc[2*k + n], x, plus, n ? minus : plus);
-        }
-    }
-#pragma unroll
-    for (int m = 2; m < D/8; m *= 2) {
-#pragma unroll
-        for (int n = 0; n < D/8; ++n) {
-            if (!(n & m)) {
-#pragma unroll
-                for (int e = 0; e < 4; ++e) {
-                    const float u = acc[n][e], v = acc[n | m][e];
-                    acc[n][e]     = u + v;
-                    acc[n | m][e] = u - v;
-                }
-            }
-        }
-    }
+    const uint32_t plus = hadamard8(g, 0).x ^ (__popc(g & 2*t) & 1 ? 0x80008000 : 0); // entries (g, 2t), (g, 2t + 1)
+    hadamard_mma<D>(z, { { plus, plus }, { plus, plus ^ 0x80008000 } }, acc);
 #pragma unroll
     for (int n = 0; n < D/8; ++n) {
 #pragma unroll

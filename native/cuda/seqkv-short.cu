@@ -243,7 +243,7 @@ static __global__ void __launch_bounds__(THREADS, NT == 4 ? 2 : 3) short_kernel(
         }
     }
     copy_commit();
-    load_level_tables(BITS ? BITS : a.bits_k, BITS ? GRADED : a.graded_k, bits_v, all.tables);
+    load_level_tables(BITS ? BITS : a.bits_k, BITS ? GRADED : a.graded_k, bits_v, all.tables, TABLE_WORDS, TABLE_WORDS, threadIdx.x, THREADS);
 
     int  seen[NT]; // bit of this lane's query in a cell's word
     float m[NT], l[NT];
@@ -490,7 +490,7 @@ static __global__ void __launch_bounds__(THREADS, NT == 4 ? 2 : 3) short_kernel(
     }
     copy_wait();
     static_assert(WARPS*4*NT*merge_pitch(D)*sizeof(float) <= offsetof(smem_t, dec), "sums of the warps");
-    merge_warps<D, NT>(a, parts, (float *) smem_raw, m, l, acc, s, h, q0, blockIdx.x);
+    merge_warps<D, NT, WARPS>(a, parts, (float *) smem_raw, m, l, acc, s, h, 1, WARPS, q0, blockIdx.x);
     if (early) {
         ggml_cuda_pdl_sync();
     }

@@ -30,17 +30,24 @@ static inline uint32_t seqkv_prmt(uint32_t a, uint32_t b, uint32_t sel) {
 }
 #endif
 
-// 4 levels as a word
-template <int N> constexpr uint32_t seqkv_level_word(const int8_t (&level)[N], int i) {
-    return (uint32_t) (uint8_t) level[i] | (uint32_t) (uint8_t) level[i + 1] << 8 | (uint32_t) (uint8_t) level[i + 2] << 16 | (uint32_t) (uint8_t) level[i + 3] << 24;
-}
+// Words of the level table of B bits that look-ups use: of 4 and more bits the upper half, the rest follows by symmetry.
+SEQKV_CONSTEXPR int seqkv_table_words(int B) { return B == 0 ? 0 : B <= 2 ? B : B == 3 ? 4 : 1 << (B - 2); }
 
-// Words of the level table of B bits that look-ups use: of 5 and 6 bits the upper half, the rest follows by symmetry.
-SEQKV_CONSTEXPR int seqkv_table_words(int B) { return B == 0 ? 0 : B == 1 ? 1 : B < 5 ? 1 << (B - 1) : 1 << (B - 2); }
+// Entries 4*i .. 4*i + 3 of the table as look-ups need them. Of 3 and more bits in runs of 16: words 0 and 1 have the entries with bit 2 of the index clear
+// (0..3, 8..11), words 2 and 3 those with bit 2 set (4..7, 12..15), as what a fill with the sign of the entry 4 before has to be xored with: 7 bits.
+template <int B, int N> constexpr uint32_t seqkv_level_word(const int8_t (&level)[N], int i) {
+    const int first = B < 4 ? 0 : N/2, run = B < 3 ? 4*i : 16*(i/4) + 4*(i/2%2) + 8*(i%2);
+    uint32_t w = 0;
+    for (int k = 0; k < 4; ++k) {
+        const int x = level[first + run + k];
+        w |= (uint32_t) (uint8_t) (B >= 3 && i/2%2 && x < 0 ? ~x & 127 : x) << 8*k;
+    }
+    return w;
+}
 
 // ... as constants in the code
 template <int B, int i> struct seqkv_level_words;
-#define SEQKV_LEVEL_WORDS(B) template <int i> struct seqkv_level_words<B, i> { static constexpr uint32_t value = seqkv_level_word(seqkv_level##B, 4*(i + (B < 5 ? 0 : seqkv_table_words(B)))); };
+#define SEQKV_LEVEL_WORDS(B) template <int i> struct seqkv_level_words<B, i> { static constexpr uint32_t value = seqkv_level_word<B>(seqkv_level##B, i); };
 SEQKV_LEVEL_WORDS(1) SEQKV_LEVEL_WORDS(2) SEQKV_LEVEL_WORDS(3) SEQKV_LEVEL_WORDS(4) SEQKV_LEVEL_WORDS(5) SEQKV_LEVEL_WORDS(6)
 #undef SEQKV_LEVEL_WORDS
 
@@ -59,53 +66,88 @@ template <int k, int h> SEQKV_UNPACK uint32_t seqkv_byte_mask(uint32_t p) {
     return seqkv_prmt(p << (3 - k), p << (7 - k), h == 0 ? 0x9d8c : 0xbfae);
 }
 
+// One instruction, whatever is known about the bits of its operands
 SEQKV_UNPACK uint32_t seqkv_choose(uint32_t mask, uint32_t set, uint32_t clear) {
+#ifdef __CUDACC__
+    uint32_t r;
+    asm("lop3.b32 %0, %1, %2, %3, 0xca;" : "=r"(r) : "r"(mask), "r"(set), "r"(clear));
+    return r;
+#else
     return (set & mask) | (clear & ~mask);
+#endif
 }
 
-// Entries 8*first .. of the words of a table (n8 of these runs of 8, a power of two) by the selectors sel; q: index planes, from 3 on
-// they choose the run.
-template <int B, int k, int h, int first, int n8, class T> SEQKV_UNPACK uint32_t seqkv_pick(uint32_t sel, const uint32_t * q, const T & table) {
-    if constexpr (n8 == 1) {
-        return seqkv_prmt(table.template word<2*first>(), table.template word<B == 1 ? 0 : 2*first + 1>(), sel);
+// Entries of the runs of 16 [first, first + runs) of a table, a power of two, by the selectors sel; q: index planes, from 4 on they choose the run.
+// A permute fills bytes with the sign of the entry where the top bit of its selector is set.
+template <int B, int k, int h, int first, int runs, class T> SEQKV_UNPACK uint32_t seqkv_pick(uint32_t sel, uint32_t other, const uint32_t * q, const T & table) {
+    if constexpr (runs == 1) {
+        return seqkv_prmt(table.template word<4*first>(), table.template word<4*first + 1>(), sel) ^ seqkv_prmt(table.template word<4*first + 2>(), table.template word<4*first + 3>(), other);
     } else {
-        constexpr int plane = n8 == 2 ? 3 : n8 == 4 ? 4 : 5;
-        return seqkv_choose(seqkv_byte_mask<k, h>(q[plane]), seqkv_pick<B, k, h, first + n8/2, n8/2>(sel, q, table), seqkv_pick<B, k, h, first, n8/2>(sel, q, table));
+        return seqkv_choose(seqkv_byte_mask<k, h>(q[runs == 2 ? 4 : 5]), seqkv_pick<B, k, h, first + runs/2, runs/2>(sel, other, q, table), seqkv_pick<B, k, h, first, runs/2>(sel, other, q, table));
     }
 }
 
-template <int B, int k, int h, class T> SEQKV_UNPACK uint32_t seqkv_look_up(uint32_t sel, const uint32_t * q, const T & table) {
-    const uint32_t level = seqkv_pick<B, k, h, 0, B < 3 ? 1 : seqkv_table_words(B)/2>(sel, q, table);
-    if constexpr (B < 5) {
-        return level;
+template <int B, int k, int h, class T> SEQKV_UNPACK uint32_t seqkv_look_up(uint32_t sel, const uint32_t * q, uint32_t minus, const T & table) {
+    if constexpr (B < 3) {
+        return seqkv_prmt(table.template word<0>(), table.template word<B - 1>(), sel);
     } else {
-        // negated where the top plane is 0; q is complemented there already
-        const uint32_t minus = ~seqkv_byte_mask<k, h>(q[B]);
-        return (level ^ minus) + (minus & 0x01010101); // levels are not 0: no carry
+        const uint32_t level = seqkv_pick<B, k, h, 0, B < 5 ? 1 : 1 << (B - 4)>(sel, sel ^ 0x88888888, q, table);
+        if constexpr (B == 3) {
+            return level;
+        } else {
+            const uint32_t mask = seqkv_byte_mask<k, h>(minus);
+            return (level ^ mask) + (mask & 0x01010101); // levels are not 0: no carry
+        }
     }
 }
 
-// Selectors of 32 values from planes 0..2 of their indices: nibble i of n[k] = bits 0..2 of the index of value 4*i + k
-SEQKV_UNPACK void seqkv_selectors(uint32_t q0, uint32_t q1, uint32_t q2, uint32_t (&n)[4]) {
-    const uint32_t a = seqkv_choose(0x55555555, q0, q1 << 1);
-    const uint32_t b = seqkv_choose(0x55555555, q0 >> 1, q1);
-    n[0] = (a & 0x33333333)      | (q2 << 2 & 0x44444444);
-    n[1] = (b & 0x33333333)      | (q2 << 1 & 0x44444444);
-    n[2] = (a >> 2 & 0x33333333) | (q2      & 0x44444444);
-    n[3] = (b >> 2 & 0x33333333) | (q2 >> 1 & 0x44444444);
+// Selectors of 32 values: nibble i of n[k] = bits 4*i + k of p0, p1, p2, p3
+SEQKV_UNPACK void seqkv_selectors(uint32_t p0, uint32_t p1, uint32_t p2, uint32_t p3, uint32_t (&n)[4]) {
+    const uint32_t a = seqkv_choose(0x55555555, p0, p1 << 1), b = seqkv_choose(0x55555555, p0 >> 1, p1);
+    const uint32_t c = seqkv_choose(0x55555555, p2, p3 << 1), d = seqkv_choose(0x55555555, p2 >> 1, p3);
+    n[0] = seqkv_choose(0x33333333, a, c << 2);
+    n[1] = seqkv_choose(0x33333333, b, d << 2);
+    n[2] = seqkv_choose(0x33333333, a >> 2, c);
+    n[3] = seqkv_choose(0x33333333, b >> 2, d);
 }
 
-// Levels of 16 values of B bits, those of the low (h = 0) or high half of their index planes q and selectors -> out[4], in stored order.
-// B >= 5: the selectors and planes below B are complemented where plane B is 0.
-template <int B, int h, class T> SEQKV_UNPACK void seqkv_levels_prmt(const uint32_t (&n)[4], const uint32_t * q, const T & table, uint32_t * out) {
+// Levels of 16 values of B bits, those of the low (h = 0) or high half of their selectors and index planes q -> out[4], in stored order.
+// B >= 4: minus has the complement of plane B, with which the selectors and planes below B are xored.
+template <int B, int h, class T> SEQKV_UNPACK void seqkv_levels_prmt(const uint32_t (&n)[4], const uint32_t * q, uint32_t minus, const T & table, uint32_t * out) {
     if constexpr (B == 0) {
         out[0] = out[1] = out[2] = out[3] = 0;
     } else {
-        out[0] = seqkv_look_up<B, 0, h>(n[0] >> 16*h, q, table);
-        out[1] = seqkv_look_up<B, 1, h>(n[1] >> 16*h, q, table);
-        out[2] = seqkv_look_up<B, 2, h>(n[2] >> 16*h, q, table);
-        out[3] = seqkv_look_up<B, 3, h>(n[3] >> 16*h, q, table);
+        out[0] = seqkv_look_up<B, 0, h>(n[0] >> 16*h, q, minus, table);
+        out[1] = seqkv_look_up<B, 1, h>(n[1] >> 16*h, q, minus, table);
+        out[2] = seqkv_look_up<B, 2, h>(n[2] >> 16*h, q, minus, table);
+        out[3] = seqkv_look_up<B, 3, h>(n[3] >> 16*h, q, minus, table);
     }
+}
+
+// ... of 32 values of B0 bits in the low and B1 <= B0 in the high half; where these are not the same, planes above B1 are 0 in the high half.
+template <int B0, int B1, class T0, class T1> SEQKV_UNPACK void seqkv_levels_32(uint32_t (&q)[7], const T0 & t0, const T1 & t1, uint32_t * out) {
+    static_assert(B0 == B1 || B0 == B1 + 2, "both halves, or a graded block");
+    constexpr uint32_t low = B0 == B1 ? 0xffffffff : 0xffff;
+    uint32_t minus = 0;
+    if constexpr (B0 >= 4) {
+        minus = ~q[B0] & low;
+        for (int j = B1 >= 4 && B0 != B1 ? 4 : 0; j < B0; ++j) {
+            q[j] ^= minus;
+        }
+        if constexpr (B0 != B1 && B1 >= 4) {
+            minus |= ~q[B1] & ~low; // plane B1 as it is there
+            for (int j = 0; j < 4; ++j) {
+                q[j] ^= minus;
+            }
+        }
+    }
+    // nibbles: of 3 and more bits planes 0, 1, 3, and 2 in the top bit
+    const uint32_t p2 = B0 < 3 ? q[2] : B1 == 2 ? q[3] | (q[2] & ~low) : q[3];
+    const uint32_t p3 = B0 < 3 ? 0    : B1 == 2 ? q[2] & low           : q[2];
+    uint32_t n[4];
+    seqkv_selectors(q[0], q[1], p2, p3, n);
+    seqkv_levels_prmt<B0, 0>(n, q, minus, t0, out);
+    seqkv_levels_prmt<B1, 1>(n, q, minus, t1, out + 4);
 }
 
 // Levels of a block from the 2*bits words of its planes -> out[16], in stored order. t0, t1, t2: the tables of its groups of values (16, 16, 32).
@@ -116,47 +158,30 @@ SEQKV_UNPACK void seqkv_unpack_block(const uint32_t * w, const T0 & t0, const T1
     const uint32_t lo = w[0];
     const uint32_t hi = path64 ? w[1] : 0;
     constexpr uint32_t m1 = graded ? 0xfffeffff : 0xffffffff, m2 = graded ? 0xfffcffff : 0xffffffff, m3 = graded ? 0xfff8ffff : 0xffffffff;
-    uint32_t q[7] = { 0 }, n[4];
+    uint32_t q[7] = { 0 };
     q[0] = lo << 2 & m2;
     q[1] = lo ^ (lo << 1 & m1) ^ (lo << 3 & m3);
+    for (int j = 1; j < bits; ++j) {
+        q[j + 1] = w[2*j];
+    }
     if constexpr (!graded) {
-        for (int j = 1; j < bits; ++j) {
-            q[j + 1] = w[2*j];
-        }
-        seqkv_selectors(q[0], q[1], q[2], n);
-        seqkv_levels_prmt<bits, 0>(n, q, t0, out);
-        seqkv_levels_prmt<bits, 1>(n, q, t0, out + 4);
+        seqkv_levels_32<bits, bits>(q, t0, t0, out);
         q[0] = hi << 2 | lo >> 30;
         q[1] = hi ^ (hi << 1 | lo >> 31) ^ (hi << 3 | lo >> 29);
         for (int j = 1; j < bits; ++j) {
             q[j + 1] = w[2*j + 1];
         }
-        seqkv_selectors(q[0], q[1], q[2], n);
-        seqkv_levels_prmt<bits, 0>(n, q, t0, out + 8);
-        seqkv_levels_prmt<bits, 1>(n, q, t0, out + 12);
+        seqkv_levels_32<bits, bits>(q, t0, t0, out + 8);
     } else {
-        // both groups of 16 at once; the planes that the second one does not have are 0 in its half
-        for (int j = 1; j < bits; ++j) {
-            q[j + 1] = w[2*j];
-        }
         q[bits + 1] = w[2*bits - 1] & 0xffff;
         q[bits + 2] = w[2*bits - 1] >> 16;
-        if constexpr (bits + 2 >= 5) {
-            const uint32_t other = ~q[bits + 2] & 0xffff; // in the first group
-            for (int j = 0; j < bits + 2; ++j) {
-                q[j] ^= other;
-            }
-        }
-        seqkv_selectors(q[0], q[1], q[2], n);
-        seqkv_levels_prmt<bits + 2, 0>(n, q, t0, out);
-        seqkv_levels_prmt<bits,     1>(n, q, t1, out + 4);
+        seqkv_levels_32<bits + 2, bits>(q, t0, t1, out);
         q[0] = hi << 2;
         q[1] = hi ^ hi << 1 ^ hi << 3;
+        q[2] = 0;
         for (int j = 1; j < bits - 1; ++j) {
             q[j + 1] = w[2*j + 1];
         }
-        seqkv_selectors(q[0], q[1], bits > 2 ? q[2] : 0, n);
-        seqkv_levels_prmt<bits - 1, 0>(n, q, t2, out + 8);
-        seqkv_levels_prmt<bits - 1, 1>(n, q, t2, out + 12);
+        seqkv_levels_32<bits - 1, bits - 1>(q, t2, t2, out + 8);
     }
 }
