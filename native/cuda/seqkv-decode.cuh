@@ -303,6 +303,7 @@ SEQKV_FN void merge_warps(const seqkv_view & a, const seqkv_parts & parts, float
     }
     __syncthreads();
     const int n_out = min(4*NT, nq - q0)*heads;
+#pragma unroll 1
     for (int i = threadIdx.x; i < n_out*(D/4); i += n_warps*WARP_SIZE) {
         const int query = i/(D/4)/heads, head = i/(D/4) - query*heads, j = i%(D/4)*4;
         float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
@@ -312,6 +313,7 @@ SEQKV_FN void merge_warps(const seqkv_view & a, const seqkv_parts & parts, float
         }
         *(float4 *) (parts.acc + part_index(a, parts, s, h0 + head, q0 + query, part)*D + j) = sum;
     }
+#pragma unroll 1
     for (int i = threadIdx.x; i < n_out; i += n_warps*WARP_SIZE) {
         const int query = i/heads, head = i - query*heads;
         float max = -INFINITY, sum = 0.0f;
