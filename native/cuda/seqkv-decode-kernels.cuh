@@ -371,6 +371,13 @@ static __global__ void __launch_bounds__(max_warps(D, NT)*WARP_SIZE, 1) decode_k
     uint64_t * barrier = barriers[team];
     uint32_t phase = 0; // of the barriers, a bit each: those that pieces are there, and from bit 4 that they are done with
     const auto piece_at = [&](int piece) { return ring + (piece < 2 ? piece*ROWS*plan.pitch_k : ROWS*(2*plan.pitch_k + (piece - 2)*plan.pitch_v)); };
+    const auto team_barrier = [&]() { // before compute capability 8.0
+        if (plan.heads == 1) {
+            __syncwarp();
+        } else {
+            named_barrier(team + 1, plan.heads*WARP_SIZE); // at most 8 teams; 0 is that of the block
+        }
+    };
     // rows of a piece, once all warps of the team are done with those before
     const auto fill = [&](int piece, int tile, bool first) {
         if (tile >= tile1 || (bulk_copies && piece%plan.heads != local)) { // bulk copies are the work of one warp
@@ -381,7 +388,7 @@ static __global__ void __launch_bounds__(max_warps(D, NT)*WARP_SIZE, 1) decode_k
                 barrier_wait(barrier + 4 + piece, phase >> (4 + piece) & 1);
                 phase ^= 16 << piece;
             } else {
-                named_barrier(team, plan.heads*WARP_SIZE);
+                team_barrier();
             }
         }
         const bool   key  = piece < 2;
@@ -409,8 +416,13 @@ static __global__ void __launch_bounds__(max_warps(D, NT)*WARP_SIZE, 1) decode_k
         const int first_warp = bulk_copies ? 0 : local, warps = bulk_copies ? 1 : plan.heads;
         if (skew == ONE_PIECE) {
 #pragma unroll 4
-            for (int i = 16*(first_warp*WARP_SIZE + lane); i < n*nb1; i += 16*WARP_SIZE*warps) {
+            for (int i = 16*(first_warp*WARP_SIZE + lane); i + 16 <= n*nb1; i += 16*WARP_SIZE*warps) {
                 copy_async16(dst + i, src + i);
+            }
+            if (first_warp == 0 && lane == 0) {
+                for (int i = n*nb1 & ~15; i < n*nb1; ++i) {
+                    dst[i] = src[i];
+                }
             }
         } else {
             const int step = skew >= 0 ? 16 : 4;
@@ -443,7 +455,7 @@ static __global__ void __launch_bounds__(max_warps(D, NT)*WARP_SIZE, 1) decode_k
             barrier_wait(barrier + piece, phase >> piece & 1);
             phase ^= 1 << piece;
         } else {
-            named_barrier(team, plan.heads*WARP_SIZE);
+            team_barrier();
         }
     };
     const auto done_with = [&](int piece) { // behind a barrier of the warp
@@ -881,10 +893,12 @@ static __global__ void __launch_bounds__(max_warps(D, NT)*WARP_SIZE, 1) decode_k
     merge_warps<D, NT, max_warps(D, NT)>(a, parts, (float *) smem_raw, m, l, acc, s, h0, plan.heads, plan.heads*plan.teams, q0, blockIdx.x);
 }
 
-// The block with most warps that registers and shared memory allow; smem: its dynamic shared memory
+// Static shared memory of decode_kernel: barriers, maxima and sums
+static constexpr size_t static_smem(int d, int nt) { return max_warps(d, nt)*(8*sizeof(uint64_t) + 2*4*nt*sizeof(float)); }
+
+// The block with most warps that registers and dynamic shared memory allow; smem: what it takes of that
 template <int D, int NT, int KIND> static block_plan plan_block(const seqkv_view & a, size_t smem_max, size_t & smem) {
     using smem_t = warp_smem<D, NT, KIND>;
-    const size_t fixed = max_warps(D, NT)*(8*sizeof(uint64_t) + 2*4*NT*sizeof(float)); // barriers, maxima and sums
     block_plan best = {};
     bool best_words = true;
     for (int heads = std::min(max_warps(D, NT), a.p.n_head_kv); heads > 0; --heads) {
@@ -907,14 +921,15 @@ template <int D, int NT, int KIND> static block_plan plan_block(const seqkv_view
         rows(a.v, a.v_nb1, a.v_nb2, a.size_v, plan.pitch_v, plan.skew_v);
         const bool words = plan.skew_k == BY_WORDS || plan.skew_v == BY_WORDS;
         plan.ring  = (2*ROWS*(plan.pitch_k + plan.pitch_v) + 31)/16*16; // and some words that are read behind the last row
-        plan.teams = std::min(max_warps(D, NT)/heads, (int) ((smem_max - fixed)/(heads*sizeof(smem_t) + plan.ring)));
+        const size_t team = std::max(heads*sizeof(smem_t) + plan.ring, heads*4*NT*merge_pitch(D)*sizeof(float));
+        plan.teams = std::min(max_warps(D, NT)/heads, (int) (smem_max/team));
         if (plan.teams > 0 && (best_words || !words) && (plan.teams*heads > best.teams*best.heads || (best_words && !words))) {
             best       = plan;
             best_words = words;
+            smem       = plan.teams*team;
         }
     }
     GGML_ASSERT(best.teams > 0);
-    smem = std::max((size_t) best.teams*(best.heads*sizeof(smem_t) + best.ring), (size_t) best.teams*best.heads*4*NT*merge_pitch(D)*sizeof(float));
     return best;
 }
 
@@ -955,10 +970,11 @@ static void decode_case(ggml_backend_cuda_context & ctx, const ggml_tensor * dst
     f.pred   = pred.get();
 
     const auto & info = ggml_cuda_info().devices[ctx.device];
-    size_t smem;
-    const block_plan plan = plan_block<D, NT, KIND>(a, info.smpbo, smem);
+    const size_t smem_max = info.smpbo - static_smem(D, NT);
+    size_t smem = 0;
+    const block_plan plan = plan_block<D, NT, KIND>(a, smem_max, smem);
     const int n_threads = plan.heads*plan.teams*WARP_SIZE;
-    CUDA_SET_SHARED_MEMORY_LIMIT((decode_kernel<D, NT, KIND>), info.smpbo - max_warps(D, NT)*(8*sizeof(uint64_t) + 2*4*NT*sizeof(float)));
+    CUDA_SET_SHARED_MEMORY_LIMIT((decode_kernel<D, NT, KIND>), smem_max);
 
     static struct { int threads, blocks; size_t smem; } fits[GGML_CUDA_MAX_DEVICES] = {}; // blocks of a multiprocessor, as asked last
     auto & fit = fits[ctx.device];

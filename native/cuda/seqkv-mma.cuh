@@ -84,15 +84,6 @@ SEQKV_FN void load_transposed(uint32_t * r, const void * row) {
 #endif
 }
 
-// two floats as f16, and what f16 leaves of them
-SEQKV_FN void split_f16(float x, float y, uint32_t & hi, uint32_t & lo) {
-    const half2  h = __floats2half2_rn(x, y);
-    const float2 f = __half22float2(h);
-    const half2  l = __floats2half2_rn(x - f.x, y - f.y);
-    hi = *(const uint32_t *) &h;
-    lo = *(const uint32_t *) &l;
-}
-
 // asynchronous copies of 4 and 16 bytes into shared memory; plain ones before compute capability 8.0
 SEQKV_FN void copy_async4(void * dst, const void * src) {
 #if __CUDA_ARCH__ >= 800
