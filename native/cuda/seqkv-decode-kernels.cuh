@@ -323,14 +323,18 @@ template <int D, int NT, int KIND> struct warp_smem {
 
 // How a block is made: teams of warps, one for each of its KV heads. A team has tiles of its own; rows are copied for all of its heads at once,
 // since those of one head are a few bytes here and there.
+enum copy_way {
+    ONE_PIECE, // rows of all heads, as they lie
+    BY_16,     // each row, which keeps its place in 16 bytes
+    BY_WORDS,  // ... in 4
+};
 struct block_plan {
     int heads, teams;     // KV heads of a block, teams
     int pitch_k, pitch_v; // bytes of a row in shared memory
-    int skew_k, skew_v;   // a row's place in 16 bytes, where rows are copied by 16 bytes; ONE_PIECE: all of them as they lie; BY_WORDS
     int ring;             // bytes of a team: K 0, K 1, V 0, V 1 of a tile, ROWS rows each
+    copy_way way_k, way_v;
 };
 static constexpr int ROWS = TILE/2; // copied at a time
-static constexpr int ONE_PIECE = 16, BY_WORDS = -1;
 
 // Tiles of a block: each of them, one more in the first rest blocks
 struct block_tiles {
@@ -360,7 +364,7 @@ static __global__ void __launch_bounds__(max_warps(D, NT)*WARP_SIZE, 1) decode_k
     const int nq = a.n_tokens*a.group;
     smem_t & sm = ((smem_t *) smem_raw)[warp];
     char * ring = smem_raw + plan.heads*plan.teams*sizeof(smem_t) + team*plan.ring;
-    const bool  dense   = (KIND == 0 || GRADED) && a.form_k == SEQKV_DENSE; // uniform keys of a live type have no profile
+    const bool  dense   = (KIND == 0 || GRADED) && a.form_k == SEQKV_DENSE; // graded keys alone have predictions
     const int   tile0 = blockIdx.x*tiles.each + min((int) blockIdx.x, tiles.rest), tile1 = tile0 + tiles.each + ((int) blockIdx.x < tiles.rest);
     const int32_t * meta = a.meta + (int64_t) s*a.n_virt;
     const int   bits_v  = BITS ? BITS : a.bits_v;
@@ -393,12 +397,13 @@ static __global__ void __launch_bounds__(max_warps(D, NT)*WARP_SIZE, 1) decode_k
         }
         const bool   key  = piece < 2;
         const int    j0   = tile*TILE + (piece & 1)*ROWS, n = max(0, min(ROWS, a.p.n_kv - j0));
-        const int    skew = key ? plan.skew_k : plan.skew_v, pitch = key ? plan.pitch_k : plan.pitch_v;
+        const int    way  = key ? plan.way_k : plan.way_v, pitch = key ? plan.pitch_k : plan.pitch_v;
         const int    nb1  = (int) (key ? a.k_nb1 : a.v_nb1), size = plan.heads*(key ? a.size_k : a.size_v);
         const char * src  = key ? a.cell_k(s, j0, h0) : a.cell_v(s, j0, h0);
         char       * dst  = piece_at(piece);
-        if (bulk_copies && skew >= 0) {
-            const bool one   = skew == ONE_PIECE;
+        if (bulk_copies && way != BY_WORDS) {
+            const bool one   = way == ONE_PIECE;
+            const int  skew  = (int) (uintptr_t) src & 15;
             const int  bytes = one ? n*nb1 & ~15 : (skew + size + 15) & ~15;
             if (lane == 0) {
                 for (int i = bytes; one && i < n*nb1; ++i) {
@@ -414,7 +419,7 @@ static __global__ void __launch_bounds__(max_warps(D, NT)*WARP_SIZE, 1) decode_k
             return;
         }
         const int first_warp = bulk_copies ? 0 : local, warps = bulk_copies ? 1 : plan.heads;
-        if (skew == ONE_PIECE) {
+        if (way == ONE_PIECE) {
 #pragma unroll 4
             for (int i = 16*(first_warp*WARP_SIZE + lane); i + 16 <= n*nb1; i += 16*WARP_SIZE*warps) {
                 copy_async16(dst + i, src + i);
@@ -425,12 +430,12 @@ static __global__ void __launch_bounds__(max_warps(D, NT)*WARP_SIZE, 1) decode_k
                 }
             }
         } else {
-            const int step = skew >= 0 ? 16 : 4;
+            const int step = way == BY_16 ? 16 : 4;
             for (int r = first_warp; r < n; r += warps) {
                 const char * row = src + (int64_t) r*nb1;
-                const int    at  = skew >= 0 ? skew : (int) (uintptr_t) row & 3;
+                const int    at  = (int) (uintptr_t) row & (step - 1);
                 for (int i = step*lane; i < at + size; i += step*WARP_SIZE) {
-                    if (skew >= 0) {
+                    if (way == BY_16) {
                         copy_async16(dst + r*pitch + i, row + i - at);
                     } else {
                         copy_async4(dst + r*pitch + i, row + i - at);
@@ -466,9 +471,9 @@ static __global__ void __launch_bounds__(max_warps(D, NT)*WARP_SIZE, 1) decode_k
     };
     // byte of row r's cell in its piece, block b
     const auto begin_of = [&](bool key, int tile, int piece, int r, int b) {
-        const int skew = key ? plan.skew_k : plan.skew_v;
-        return r*(key ? plan.pitch_k : plan.pitch_v) + local*(key ? a.size_k : a.size_v) + b*(key ? block_k : block_v) +
-            (skew == ONE_PIECE ? 0 : skew >= 0 ? skew : (int) (uintptr_t) (key ? a.cell_k(s, tile*TILE + (piece & 1)*ROWS + r, h0) : a.cell_v(s, tile*TILE + (piece & 1)*ROWS + r, h0)) & 3);
+        const int way = key ? plan.way_k : plan.way_v, j = way == BY_16 ? 0 : tile*TILE + (piece & 1)*ROWS + r;
+        const int at  = way == ONE_PIECE ? 0 : (int) (uintptr_t) (key ? a.cell_k(s, j, h0) : a.cell_v(s, j, h0)) & (way == BY_16 ? 15 : 3);
+        return r*(key ? plan.pitch_k : plan.pitch_v) + at + local*(key ? a.size_k : a.size_v) + b*(key ? block_k : block_v);
     };
     if (threadIdx.x < 8*plan.teams) {
         barrier_init(&barriers[threadIdx.x/8][threadIdx.x%8], threadIdx.x%8 >= 4 ? plan.heads : bulk_copies ? 1 : plan.heads*WARP_SIZE);
@@ -907,19 +912,18 @@ template <int D, int NT, int KIND> static block_plan plan_block(const seqkv_view
         }
         block_plan plan = {};
         plan.heads = heads;
-        const auto rows = [&](const char * cells, int64_t nb1, int64_t nb2, int size, int & pitch, int & skew) {
-            const bool all = heads == a.p.n_head_kv;
-            if (all && nb1 == (int64_t) size*heads && (((uintptr_t) cells | nb2) & 15) == 0) {
+        const auto rows = [&](const char * cells, int64_t nb1, int64_t nb2, int size, int & pitch, copy_way & way) {
+            if (heads == a.p.n_head_kv && nb1 == (int64_t) size*heads && (((uintptr_t) cells | nb2) & 15) == 0) {
                 pitch = (int) nb1;
-                skew  = ONE_PIECE;
+                way   = ONE_PIECE;
             } else {
-                skew  = ((nb1 | nb2 | (all ? 0 : size*heads)) & 15) == 0 ? (int) ((uintptr_t) cells & 15) : BY_WORDS;
-                pitch = 16*(((skew == BY_WORDS ? 3 : skew) + size*heads + 15)/16 | 1);
+                way   = ((nb1 | nb2) & 15) == 0 ? BY_16 : BY_WORDS;
+                pitch = 16*(((way == BY_16 ? 15 : 3) + size*heads + 15)/16 | 1); // an odd number of 16 bytes: fewer conflicts
             }
         };
-        rows(a.k, a.k_nb1, a.k_nb2, a.size_k, plan.pitch_k, plan.skew_k);
-        rows(a.v, a.v_nb1, a.v_nb2, a.size_v, plan.pitch_v, plan.skew_v);
-        const bool words = plan.skew_k == BY_WORDS || plan.skew_v == BY_WORDS;
+        rows(a.k, a.k_nb1, a.k_nb2, a.size_k, plan.pitch_k, plan.way_k);
+        rows(a.v, a.v_nb1, a.v_nb2, a.size_v, plan.pitch_v, plan.way_v);
+        const bool words = plan.way_k == BY_WORDS || plan.way_v == BY_WORDS;
         plan.ring  = (2*ROWS*(plan.pitch_k + plan.pitch_v) + 31)/16*16; // and some words that are read behind the last row
         const size_t team = std::max(heads*sizeof(smem_t) + plan.ring, heads*4*NT*merge_pitch(D)*sizeof(float));
         plan.teams = std::min(max_warps(D, NT)/heads, (int) (smem_max/team));
@@ -1008,10 +1012,6 @@ static void decode_case(ggml_backend_cuda_context & ctx, const ggml_tensor * dst
 }
 
 template <int D, int NT> static void decode_types(ggml_backend_cuda_context & ctx, const ggml_tensor * dst, const ggml_tensor * rows, bool overlap) {
-    if (seqkv_view_of(dst).form_k == SEQKV_DENSE && !ggml_seqkv_graded(dst->src[1]->type)) { // live types have no profile without graded keys
-        decode_case<D, NT, 0>(ctx, dst, rows, overlap);
-        return;
-    }
     decode_kinds(dst, [&](auto kind) { decode_case<D, NT, decltype(kind)::value>(ctx, dst, rows, overlap); });
 }
 
