@@ -1,0 +1,211 @@
+// decode_kernel on the emulated machine against sums in double, from the same cells, digits of queries and predictions. Arguments: orders of cells to try.
+#include "seqkv-decode-kernels.cuh"
+
+extern "C" void ggml_abort(const char *, int, const char * text, ...) { fail(text); }
+
+enum order { IN_ORDER, SHIFTED, SCRAMBLED, GAPS }; // GAPS: tiles that nobody attends to, the first one too
+
+struct shape {
+    int n_head_kv, group, n_tokens, n_kv, n_stream;
+    int smem;    // bytes a block may have
+    int n_parts; // at most
+    int pad;     // bytes behind a row of cells
+    float softcap;
+};
+static constexpr int H100 = 228*1024, SMALL = 99*1024;
+
+static uint32_t word() { return (uint32_t) rand() << 20 ^ (uint32_t) rand() << 9 ^ rand(); }
+template <class T> static T * aligned(std::vector<T> & x) { return (T *) (((uintptr_t) x.data() + 15) & ~(uintptr_t) 15); }
+
+template <int D, int NT, int KIND> static void check(order cells, bool dense, const shape & x) {
+    constexpr int NB = D/64, BITS = KIND ? KIND/2 : 3, GRADED = KIND ? KIND%2 : 1, BLOCK_K = 1 + GRADED + 8*BITS, BLOCK_V = 1 + 8*BITS;
+    const int kv_size = x.n_kv + 64, n_frames = kv_size/SEQKV_FRAME + 3, nq = x.n_tokens*x.group, n_chunks = (nq + 4*NT - 1)/(4*NT);
+    seqkv_view a = {};
+    a.p.dk = a.p.dv = a.p.n_rot = D;
+    a.p.n_head_kv = x.n_head_kv;
+    a.p.n_kv      = x.n_kv;
+    a.p.n_win     = 4;
+    a.p.scale     = 0.05f;
+    a.p.softcap   = x.softcap;
+    a.n_virt      = x.n_kv + 4 + x.n_tokens;
+    a.n_tokens    = x.n_tokens;
+    a.n_stream    = x.n_stream;
+    a.group       = x.group;
+    a.n_head      = x.group*x.n_head_kv;
+    a.inv_group   = (65536 + x.group - 1)/x.group;
+    a.bits_k      = a.bits_v = BITS;
+    a.graded_k    = GRADED;
+    a.form_k      = dense ? SEQKV_DENSE : SEQKV_HADAMARD;
+    a.form_v      = SEQKV_HADAMARD;
+    a.size_k      = NB*BLOCK_K;
+    a.size_v      = NB*BLOCK_V;
+    a.k_nb1       = a.size_k*x.n_head_kv + x.pad;
+    a.v_nb1       = a.size_v*x.n_head_kv + x.pad;
+    a.k_nb2       = a.k_nb1*kv_size;
+    a.v_nb2       = a.v_nb1*kv_size;
+
+    std::vector<char> k(a.k_nb2*x.n_stream + 16), v(a.v_nb2*x.n_stream + 16);
+    std::generate(k.begin(), k.end(), word);
+    std::generate(v.begin(), v.end(), word);
+    char * k0 = aligned(k), * v0 = aligned(v);
+    a.k = k0;
+    a.v = v0;
+    readable = { { k0, k0 + a.k_nb2*x.n_stream }, { v0, v0 + a.v_nb2*x.n_stream } };
+    std::vector<int32_t> meta((size_t) a.n_virt*x.n_stream);
+    a.mask_nb1 = (a.n_virt + 255)/256*256*sizeof(half);
+    a.mask_nb3 = a.mask_nb1*x.n_tokens;
+    std::vector<half> mask(a.mask_nb3*x.n_stream/sizeof(half));
+    for (int s = 0; s < x.n_stream; ++s) {
+        for (int j = 0; j < kv_size; ++j) {
+            for (int b = 0; b < NB*x.n_head_kv; ++b) { // gains that leave numbers in range
+                char * key = k0 + s*a.k_nb2 + j*a.k_nb1 + b*BLOCK_K, * value = v0 + s*a.v_nb2 + j*a.v_nb1 + b*BLOCK_V;
+                if (GRADED) {
+                    const int gains = (14 + rand()%5) | (14 + rand()%5) << 5 | (14 + rand()%5) << 10;
+                    key[0] = (char) gains;
+                    key[1] = (char) (gains >> 8);
+                } else {
+                    key[0] = (char) (SEQKV_GAIN_BIAS - 8 + rand()%10);
+                }
+                value[0] = rand()%20 == 0 ? 0 : (char) (SEQKV_GAIN_BIAS - 8 + rand()%16);
+            }
+        }
+        for (int j = 0; j < a.n_virt; ++j) {
+            const int at = cells == SHIFTED ? j + 13 : j;
+            int32_t & m = meta[s*a.n_virt + j];
+            m = cells == SCRAMBLED || cells == GAPS ? (SEQKV_FRAME + rand()%3) << 8 | rand()%SEQKV_FRAME : (SEQKV_FRAME + at/SEQKV_FRAME) << 8 | at%SEQKV_FRAME;
+            if ((cells == GAPS && (j/TILE%3 == 1 || j < TILE)) || (cells != IN_ORDER && rand()%9 == 0)) {
+                m = -1;
+            }
+            for (int t = 0; t < x.n_tokens; ++t) {
+                mask[(s*a.mask_nb3 + t*a.mask_nb1)/sizeof(half) + j] = cells != IN_ORDER && rand()%4 == 0 ? (half) -INFINITY : (half) 0.0f;
+            }
+        }
+    }
+    a.meta = meta.data();
+    a.mask = (const char *) mask.data();
+
+    frame_queries f;
+    f.n_frames = n_frames;
+    f.n4       = n_chunks*NT;
+    const size_t n = (size_t) x.n_stream*n_frames*x.n_head_kv*f.n4;
+    std::vector<uint32_t> digits(n*D*2 + 4);
+    std::vector<float>    scale(n*4), pred(n*4*SEQKV_FRAME);
+    std::generate(digits.begin(), digits.end(), word);
+    std::generate(scale.begin(), scale.end(), [] { return (1 + rand()%100)*3e-7f; });
+    std::generate(pred.begin(), pred.end(), [] { return (rand()%2001 - 1000)*2e-2f; });
+    f.digits = aligned(digits);
+    f.scale  = scale.data();
+    f.pred   = pred.data();
+
+    size_t smem = 0;
+    const block_plan plan = plan_block<D, NT, KIND>(a, x.smem - static_smem(D, NT), smem);
+    if (smem + static_smem(D, NT) > (size_t) x.smem || plan.heads*plan.teams > max_warps(D, NT)) {
+        fail("a block that does not fit");
+    }
+    const int n_tiles = (x.n_kv + TILE - 1)/TILE, n_threads = plan.heads*plan.teams*WARP_SIZE;
+    seqkv_parts parts;
+    parts.n_z      = std::min((n_tiles + plan.teams - 1)/plan.teams, x.n_parts);
+    parts.n_parts  = parts.n_z + 1; // exact rows are none of this kernel's
+    parts.permuted = 1;
+    std::vector<float2> ml((size_t) x.n_stream*x.n_tokens*a.n_head*parts.n_parts, { NAN, NAN });
+    std::vector<float>  acc(ml.size()*D, NAN);
+    parts.ml  = ml.data();
+    parts.acc = acc.data();
+    for (unsigned z = 0; z < (unsigned) x.n_stream*n_chunks; ++z) {
+        for (unsigned y = 0; y < (unsigned) x.n_head_kv/plan.heads; ++y) {
+            for (unsigned part = 0; part < (unsigned) parts.n_z; ++part) {
+                run_block(n_threads, { part, y, z }, [&] {
+                    decode_kernel<D, NT, KIND>(a, f, parts, plan, block_tiles { n_tiles/parts.n_z, n_tiles%parts.n_z }, n_chunks, part%2 == 0);
+                });
+            }
+        }
+    }
+
+    double error = 0, norm = 0;
+    for (int64_t row = 0; row < (int64_t) x.n_stream*x.n_tokens*a.n_head; ++row) {
+        const int s = row/(x.n_tokens*a.n_head), t = row/a.n_head%x.n_tokens, head = row%a.n_head, h = head/x.group, iq = t*x.group + head%x.group;
+        std::vector<double> logit(x.n_kv, -INFINITY), want(D), got(D);
+        double max = -INFINITY, sum = 0, max_got = -INFINITY, sum_got = 0;
+        for (int j = 0; j < x.n_kv; ++j) {
+            const int32_t m = meta[s*a.n_virt + j];
+            if (m < 0 || mask[(s*a.mask_nb3 + t*a.mask_nb1)/sizeof(half) + j] != (half) 0.0f) {
+                continue;
+            }
+            const size_t index = ((size_t) s*n_frames + (m >> 8) - SEQKV_FRAME)*x.n_head_kv + h;
+            double dot = 0;
+            for (int b = 0; b < NB; ++b) {
+                uint32_t raw[20] = { 0 }, level[16];
+                float    factor[3];
+                memcpy(raw, a.cell_k(s, j, h) + b*BLOCK_K, BLOCK_K);
+                decode_block<BITS, GRADED, false>(raw, 0, nullptr, level, factor);
+                for (int i = 0; i < 64; ++i) { // word i/4%4 of run i/16
+                    const uint32_t * from = f.digits + index*f.n4*D*2 + ((iq/4*NB + b)*WARP_SIZE + 8*(iq%4) + i/4%4)*4 + i/16;
+                    const int upper = (int8_t) (from[0] >> 8*(i%4)), lower = (int8_t) (from[16] >> 8*(i%4));
+                    dot += (double) factor[std::min(i/16, 2)]*(int8_t) (level[i/4] >> 8*(i%4))*(256*upper + lower);
+                }
+            }
+            logit[j] = a.p.scale*(dot*scale[index*4*f.n4 + iq] + (dense ? pred[(index*4*f.n4 + iq)*SEQKV_FRAME + (m & 63)] : 0.0));
+            logit[j] = x.softcap ? x.softcap*tanh(logit[j]/x.softcap) : logit[j];
+            max = std::max(max, logit[j]);
+        }
+        for (int j = 0; j < x.n_kv; ++j) {
+            if (logit[j] == -INFINITY) {
+                continue;
+            }
+            const double p = exp(logit[j] - max);
+            sum += p;
+            for (int b = 0; b < NB; ++b) {
+                uint32_t raw[20] = { 0 }, level[16];
+                float    factor[3];
+                memcpy(raw, a.cell_v(s, j, h) + b*BLOCK_V, BLOCK_V);
+                decode_block<BITS, 0, false>(raw, 0, nullptr, level, factor);
+                for (int i = 0; i < 64; ++i) {
+                    want[64*b + i] += p*factor[0]*(int8_t) (level[i/4] >> 8*(i%4));
+                }
+            }
+        }
+        for (int c = 0; c < parts.n_z; ++c) {
+            max_got = std::max(max_got, (double) ml[row*parts.n_parts + c].x);
+        }
+        for (int c = 0; c < parts.n_z; ++c) {
+            const float2 part = ml[row*parts.n_parts + c];
+            const double w = part.x == -INFINITY ? 0.0 : exp(part.x - max_got);
+            sum_got += w*part.y;
+            for (int i = 0; i < D; ++i) {
+                got[i] += w*acc[(row*parts.n_parts + c)*D + i];
+            }
+        }
+        if ((sum == 0) != (sum_got == 0)) {
+            fail("sums of cells that nobody attends to");
+        }
+        for (int i = 0; sum > 0 && i < D; ++i) {
+            error += (got[i]/sum_got - want[i]/sum)*(got[i]/sum_got - want[i]/sum);
+            norm  += want[i]/sum*want[i]/sum;
+        }
+    }
+    printf("head_dim %d, %d tiles of queries, kind %d, %d KV heads, group %d, %d tokens, %d cells, order %d: block of %d heads x %d teams, ways %d %d: NMSE %.2g\n", D, NT, KIND,
+        x.n_head_kv, x.group, x.n_tokens, x.n_kv, cells, plan.heads, plan.teams, plan.way_k, plan.way_v, error/norm);
+    if (!(error <= 1e-7*norm)) {
+        fail("other sums");
+    }
+}
+
+int main(int argc, char ** argv) {
+    for (int i = 1; i < argc; ++i) {
+        const order cells = (order) atoi(argv[i]);
+        //                             heads group tokens cells  streams smem parts pad softcap
+        check<128, 1, 6>(cells, false, {  8, 4, 1, 64*9 + 20, 1, H100,  2, 0, 0.0f });
+        check<128, 1, 7>(cells, true,  {  8, 4, 1, 64*7,      1, H100,  2, 0, 0.0f });
+        check<128, 1, 8>(cells, false, {  8, 2, 2, 64*5 + 1,  1, SMALL, 1, 0, 30.0f });
+        check<128, 1, 9>(cells, true,  { 16, 1, 3, 64*4,      1, SMALL, 1, 0, 0.0f });
+        check<128, 1, 4>(cells, false, { 32, 4, 1, 64*5,      1, H100,  2, 0, 0.0f });
+        check<128, 2, 6>(cells, false, {  8, 8, 1, 64*5,      1, H100,  2, 0, 0.0f });
+        check<128, 4, 0>(cells, true,  {  2, 5, 3, 64*5,      1, H100,  1, 0, 0.0f });
+        check< 64, 1, 6>(cells, false, {  8, 4, 1, 64*9 + 33, 2, H100,  2, 0, 0.0f });
+        check< 64, 1, 6>(cells, false, {  2, 4, 1, 64*9,      1, H100,  1, 14, 0.0f });
+        check< 64, 1, 8>(cells, false, {  5, 4, 1, 64*5,      1, H100,  1, 3, 0.0f });
+        check< 64, 2, 5>(cells, true,  {  3, 7, 1, 64*6,      1, H100,  1, 0, 0.0f });
+        check<256, 1, 8>(cells, false, {  4, 4, 1, 64*5,      1, H100,  1, 0, 0.0f });
+        check<256, 2, 0>(cells, true,  {  1, 3, 2, 64*9,      1, H100,  1, 0, 0.0f });
+    }
+}
