@@ -33,7 +33,7 @@ def build(where: Path, arch: int, broken: tuple[str, str] | None = None) -> Path
     for name in ("machine.h", "seqkv-mma.cuh", "decode.cpp"):
         shutil.copy(ROOT / "tests" / "cuda" / name, where)
     common = (CUDA / "seqkv-common.cuh").read_text()
-    for old, new in (("seqkv-cuda.cuh", "machine.h"), ("../ggml-seqkv.h", str(ROOT / "native/ggml-seqkv.h")), ("../decode.h", str(ROOT / "native/decode.h"))):
+    for old, new in (("seqkv-cuda.cuh", "machine.h"), ("../ggml-seqkv.h", str(ROOT / "native/ggml-seqkv.h")), ("../decode.h", str(ROOT / "native/decode.h"))):  # fmt: skip
         assert f'#include "{old}"' in common
         common = common.replace(f'#include "{old}"', f'#include "{new}"')
     (where / "seqkv-common.cuh").write_text(common)
@@ -49,7 +49,7 @@ def build(where: Path, arch: int, broken: tuple[str, str] | None = None) -> Path
         kernels = kernels.replace(*broken)
     (where / "seqkv-decode-kernels.cuh").write_text(kernels)
     program = where / f"decode-{arch}"
-    command = [compiler, "-std=c++17", "-O1", "-w", f"-DARCH={arch}", "-I", str(where), "-I", str(found[0].parent), "-o", str(program), str(where / "decode.cpp")]
+    command = [compiler, "-std=c++17", "-O1", "-w", f"-DARCH={arch}", "-I", str(where), "-I", str(found[0].parent), "-o", str(program), str(where / "decode.cpp")]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return program
@@ -63,7 +63,7 @@ def test_decode_kernel(tmp_path: Path) -> None:
     done = run(build(tmp_path, 900), GAPS)
     assert done.returncode == 0, done.stdout[-3000:]
     assert done.stdout.count("NMSE") == 13
-    assert {way for line in done.stdout.splitlines() for way in line.split("ways ")[1].split(":")[0].split()} == {"0", "1", "2"}, "not every way of copying"
+    assert {way for line in done.stdout.splitlines() for way in line.split("ways ")[1].split(":")[0].split()} == {"0", "1", "2"}, "not every way of copying"  # fmt: skip
 
 
 @pytest.mark.slow
