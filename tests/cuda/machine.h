@@ -83,6 +83,7 @@ inline uint3   block_index, block_size;
 inline std::vector<warp> warps;
 inline named_state       named[16];
 inline ucontext_t        scheduler;
+inline long              progress; // what others may have waited for
 alignas(128) inline char shared_memory[232448];
 #define threadIdx (current->thread)
 #define blockIdx  block_index
@@ -100,6 +101,7 @@ template <class A, class F> inline void together(A * arg, F run) {
         run((A **) w.args);
         w.arrived = 0;
         ++w.time;
+        ++progress;
     } else {
         while (w.time == time) {
             yield();
@@ -143,6 +145,7 @@ inline void barrier_of(int id, int n) {
     if (++b.arrived == n) {
         b.arrived = 0;
         ++b.time;
+        ++progress;
     } else {
         while (b.time == time) {
             yield();
@@ -176,6 +179,7 @@ inline void settle(barrier_state & b) {
         fail("more arrived at a barrier than it waits for");
     }
     if (b.pending == 0 && b.bytes == 0) {
+        ++progress;
         b.phase  ^= 1;
         b.pending = b.count;
     }
@@ -222,8 +226,11 @@ inline void run_block(int n_threads, uint3 index, std::function<void()> body) {
         makecontext(&f.context, thread_main, 0);
     }
     int left = n_threads;
-    for (long step = 0; left > 0; ++step) {
-        if (step > 3000000) {
+    for (long idle = 0, before = progress; left > 0; ++idle) {
+        if (before != progress) {
+            before = progress;
+            idle   = 0;
+        } else if (idle > 1000) {
             fail("a deadlock");
         }
         const int w = rand()%(n_threads/WARP_SIZE), times = 1 + rand()%40;
