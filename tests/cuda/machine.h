@@ -69,14 +69,15 @@ struct fiber {
     bool              done;
     uint3             thread;
 };
-struct warp {
+struct meeting {
     int      arrived = 0;
     unsigned time    = 0;
-    void   * args[WARP_SIZE];
 };
-struct named_state {
-    int      arrived = 0, n = 0;
-    unsigned time    = 0;
+struct warp : meeting {
+    void * args[WARP_SIZE];
+};
+struct named_state : meeting {
+    int n = 0;
 };
 inline fiber * current;
 inline uint3   block_index, block_size;
@@ -92,21 +93,25 @@ alignas(128) inline char shared_memory[232448];
 inline void yield() { swapcontext(&current->context, &scheduler); }
 inline int  lane_of_thread() { return current->thread.x%WARP_SIZE; }
 
-// run(arguments of all lanes), once
-template <class A, class F> inline void together(A * arg, F run) {
-    warp & w = warps[current->thread.x/WARP_SIZE];
-    const unsigned time = w.time;
-    w.args[lane_of_thread()] = arg;
-    if (++w.arrived == WARP_SIZE) {
-        run((A **) w.args);
-        w.arrived = 0;
-        ++w.time;
+// waits until n threads have come; the last one runs last()
+template <class F> inline void meet(meeting & m, int n, F last) {
+    const unsigned time = m.time;
+    if (++m.arrived == n) {
+        last();
+        m.arrived = 0;
+        ++m.time;
         ++progress;
     } else {
-        while (w.time == time) {
+        while (m.time == time) {
             yield();
         }
     }
+}
+// run(arguments of all lanes), once
+template <class A, class F> inline void together(A * arg, F run) {
+    warp & w = warps[current->thread.x/WARP_SIZE];
+    w.args[lane_of_thread()] = arg;
+    meet(w, WARP_SIZE, [&] { run((A **) w.args); });
 }
 struct exchange { uint64_t own, got; int from; };
 template <class T> inline T __shfl_sync(unsigned, T x, int from) {
@@ -141,16 +146,7 @@ inline void barrier_of(int id, int n) {
         fail("a named barrier for two counts at once");
     }
     b.n = n;
-    const unsigned time = b.time;
-    if (++b.arrived == n) {
-        b.arrived = 0;
-        ++b.time;
-        ++progress;
-    } else {
-        while (b.time == time) {
-            yield();
-        }
-    }
+    meet(b, n, [] {});
 }
 inline void __syncthreads() { barrier_of(0, block_size.x); }
 inline void ggml_cuda_pdl_sync() {}
