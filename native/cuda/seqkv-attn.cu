@@ -347,8 +347,9 @@ struct window_rows {
 
 // One block a query row: parts -> dst. H of the sums over transformed values, their mean and scale, the sink. D: head_dim of values.
 // Each of W warps sums every W-th part, a lane D/32 values of it; of each 32 of these parts a lane has the weight of one. AHEAD: parts whose values are on
-// their way at a time. Few parts want little code.
-template <int D, int W, int AHEAD>
+// their way at a time. FEW: there are no more than W*AHEAD parts, 32. Then blocks are there before the parts are, and all of the kernel is run once for nothing
+// meanwhile: it takes longer to fetch its code, which nothing else of a layer keeps in a cache, than to run it.
+template <int D, int W, int AHEAD, bool FEW>
 static __global__ void __launch_bounds__(W*WARP_SIZE, 1) combine_kernel(seqkv_view a, seqkv_parts parts, window_rows rows) {
     constexpr int V = D/WARP_SIZE;
     __shared__ float z[W][D], y[W][D], warp_l[W], warp_l_z[W];
@@ -368,114 +369,129 @@ static __global__ void __launch_bounds__(W*WARP_SIZE, 1) combine_kernel(seqkv_vi
     }
     const float   sink = a.sinks ? a.sinks[head] : -INFINITY;
     const int64_t idx  = rows.dst ? rows.idxs[blockIdx.y] : -1;
-    ggml_cuda_pdl_sync();
-    ggml_cuda_pdl_lc();
-
-    float m = sink, l = 0.0f, l_z = 0.0f, sum_z[V] = { 0.0f }, sum_x[V] = { 0.0f };
-    for (int c0 = 0; c0 < parts.n_parts; c0 += WARP_SIZE*W) {
-        const int    own    = c0 + W*lane + warp; // part whose weight this lane has
-        const float2 own_ml = own < parts.n_parts ? ml[own] : make_float2(-INFINITY, 0.0f);
-        const int    n      = min(WARP_SIZE, (parts.n_parts - c0 - warp + W - 1)/W); // of the warp
-        float x[AHEAD][V];
-        const auto load = [&](int k0) {
+    const auto combine = [&](int n_parts, bool for_good) {
+        float m = sink, l = 0.0f, l_z = 0.0f, sum_z[V] = { 0.0f }, sum_x[V] = { 0.0f };
+        for (int c0 = 0; c0 < (FEW ? 1 : n_parts); c0 += WARP_SIZE*W) {
+            const int    own    = c0 + W*lane + warp; // part whose weight this lane has
+            const float2 own_ml = own < n_parts ? ml[own] : make_float2(-INFINITY, 0.0f);
+            const int    n      = min(WARP_SIZE, (n_parts - c0 - warp + W - 1)/W); // of the warp
+            float x[AHEAD][V];
+            const auto load = [&](int k0) {
 #pragma unroll
-            for (int k = 0; k < AHEAD; ++k) {
+                for (int k = 0; k < AHEAD; ++k) {
 #pragma unroll
-                for (int j = 0; j < V; j += 2) {
-                    float2 w = make_float2(0.0f, 0.0f);
-                    if (k0 + k < n) {
-                        w = *(const float2 *) (acc + (int64_t) (c0 + W*(k0 + k) + warp)*D + j);
+                    for (int j = 0; j < V; j += 2) {
+                        float2 w = make_float2(0.0f, 0.0f);
+                        if (k0 + k < n) {
+                            w = *(const float2 *) (acc + (int64_t) (c0 + W*(k0 + k) + warp)*D + j);
+                        }
+                        x[k][j]     = w.x;
+                        x[k][j + 1] = w.y;
                     }
-                    x[k][j]     = w.x;
-                    x[k][j + 1] = w.y;
+                }
+            };
+            load(0);
+            if (c0 == 0) {
+#pragma unroll (FEW ? 1 : 4)
+                for (int c = lane; c < n_parts; c += WARP_SIZE) {
+                    m = fmaxf(m, ml[c].x);
+                }
+                m = warp_reduce_max(m);
+            }
+            const float f = own_ml.x == -INFINITY ? 0.0f : __expf(own_ml.x - m);
+            l   += f*own_ml.y;
+            l_z += own < parts.n_z ? f*own_ml.y : 0.0f;
+            for (int k0 = 0; k0 < (FEW ? 1 : n); k0 += AHEAD) {
+                if (k0 > 0) {
+                    load(k0);
+                }
+#pragma unroll
+                for (int k = 0; k < AHEAD; ++k) {
+                    const float w = __shfl_sync(0xffffffff, f, (k0 + k)%WARP_SIZE);
+                    const bool  transformed = c0 + W*(k0 + k) + warp < parts.n_z;
+                    const float w_z = transformed ? w : 0.0f, w_x = transformed ? 0.0f : w;
+#pragma unroll
+                    for (int j = 0; j < V; ++j) {
+                        sum_z[j] += w_z*x[k][j];
+                        sum_x[j] += w_x*x[k][j];
+                    }
                 }
             }
-        };
-        load(0);
-        if (c0 == 0) {
-#pragma unroll 4
-            for (int c = lane; c < parts.n_parts; c += WARP_SIZE) {
-                m = fmaxf(m, ml[c].x);
-            }
-            m = warp_reduce_max(m);
         }
-        const float f = own_ml.x == -INFINITY ? 0.0f : __expf(own_ml.x - m);
-        l   += f*own_ml.y;
-        l_z += own < parts.n_z ? f*own_ml.y : 0.0f;
-        for (int k0 = 0; k0 < n; k0 += AHEAD) {
-            if (k0 > 0) {
-                load(k0);
-            }
 #pragma unroll
-            for (int k = 0; k < AHEAD; ++k) {
-                const float w = __shfl_sync(0xffffffff, f, (k0 + k)%WARP_SIZE);
-                const bool  transformed = c0 + W*(k0 + k) + warp < parts.n_z;
-                const float w_z = transformed ? w : 0.0f, w_x = transformed ? 0.0f : w;
-#pragma unroll
-                for (int j = 0; j < V; ++j) {
-                    sum_z[j] += w_z*x[k][j];
-                    sum_x[j] += w_x*x[k][j];
-                }
+        for (int j = 0; j < V; ++j) {
+            const int i = V*lane + j;
+            z[warp][parts.permuted ? (i & ~15) | (i & 3) << 2 | (i >> 2 & 3) : i] = sum_z[j]; // stored place within 16 values: 4*(value%4) + value/4
+            y[warp][i] = sum_x[j];
+        }
+        l   = warp_reduce_sum(l);
+        l_z = warp_reduce_sum(l_z);
+        if (lane == 0) {
+            warp_l  [warp] = l;
+            warp_l_z[warp] = l_z;
+        }
+        if (for_good && idx >= 0) {
+            const int width = a.p.n_head_kv*(a.p.dk + a.p.dv)/2;
+            const half2 * from = (const half2 *) a.cur + (int64_t) blockIdx.y*width;
+            half2       * to   = (half2 *) (rows.dst + idx*rows.nb1);
+            for (int c = head*W*WARP_SIZE + threadIdx.x; c < width; c += a.n_head*W*WARP_SIZE) {
+                to[c] = from[c];
             }
         }
-    }
+        __syncthreads();
+        for (int i = threadIdx.x; i < 2*D; i += W*WARP_SIZE) { // sums of the warps, to the first one's place
+            float * column = i < D ? &z[0][i] : &y[0][i - D], sum = 0.0f;
 #pragma unroll
-    for (int j = 0; j < V; ++j) {
-        const int i = V*lane + j;
-        z[warp][parts.permuted ? (i & ~15) | (i & 3) << 2 | (i >> 2 & 3) : i] = sum_z[j]; // stored place within 16 values: 4*(value%4) + value/4
-        y[warp][i] = sum_x[j];
-    }
-    l   = warp_reduce_sum(l);
-    l_z = warp_reduce_sum(l_z);
-    if (lane == 0) {
-        warp_l  [warp] = l;
-        warp_l_z[warp] = l_z;
-    }
-    if (idx >= 0) {
-        const int width = a.p.n_head_kv*(a.p.dk + a.p.dv)/2;
-        const half2 * from = (const half2 *) a.cur + (int64_t) blockIdx.y*width;
-        half2       * to   = (half2 *) (rows.dst + idx*rows.nb1);
-        for (int c = head*W*WARP_SIZE + threadIdx.x; c < width; c += a.n_head*W*WARP_SIZE) {
-            to[c] = from[c];
+            for (int w = 0; w < W; ++w) {
+                sum += column[w*D];
+            }
+            column[0] = sum;
         }
-    }
-    __syncthreads();
-    for (int i = threadIdx.x; i < 2*D; i += W*WARP_SIZE) { // sums of the warps, to the first one's place
-        float * column = i < D ? &z[0][i] : &y[0][i - D], sum = 0.0f;
-#pragma unroll
-        for (int w = 0; w < W; ++w) {
-            sum += column[w*D];
+        __syncthreads();
+        if (warp > 0) {
+            return;
         }
-        column[0] = sum;
-    }
-    __syncthreads();
-    if (warp > 0) {
-        return;
-    }
-    l   = warp_reduce_sum(lane < W ? warp_l  [lane] : 0.0f) + (a.sinks ? __expf(sink - m) : 0.0f);
-    l_z = warp_reduce_sum(lane < W ? warp_l_z[lane] : 0.0f);
-    float x[V];
+        l   = warp_reduce_sum(lane < W ? warp_l  [lane] : 0.0f) + (a.sinks ? __expf(sink - m) : 0.0f);
+        l_z = warp_reduce_sum(lane < W ? warp_l_z[lane] : 0.0f);
+        float x[V];
 #pragma unroll
-    for (int j = 0; j < V; ++j) {
-        x[j] = z[0][WARP_SIZE*j + lane];
-    }
-    if (parts.n_z > 0) { // H
-        seqkv_fwht_warp<V>(x, lane);
-    }
+        for (int j = 0; j < V; ++j) {
+            x[j] = z[0][WARP_SIZE*j + lane];
+        }
+        if (parts.n_z > 0) { // H
+            seqkv_fwht_warp<V>(x, lane);
+        }
 #pragma unroll
-    for (int j = 0; j < V; ++j) {
-        const int c = WARP_SIZE*j + lane;
-        const float sum = y[0][c] + (parts.n_z > 0 ? rsqrtf((float) D)*x[j]*scale[j] + l_z*mean[j] : 0.0f);
-        a.dst[row*D + c] = l > 0.0f ? sum/l : 0.0f;
+        for (int j = 0; j < V; ++j) {
+            const int c = WARP_SIZE*j + lane;
+            const float sum = y[0][c] + (parts.n_z > 0 ? rsqrtf((float) D)*x[j]*scale[j] + l_z*mean[j] : 0.0f);
+            if (for_good) {
+                a.dst[row*D + c] = l > 0.0f ? sum/l : 0.0f;
+            }
+        }
+    };
+    if (FEW) {
+#pragma unroll 1
+        for (int pass = 0; pass < 2; ++pass) {
+            if (pass == 1) {
+                ggml_cuda_pdl_sync();
+                ggml_cuda_pdl_lc();
+            }
+            combine(pass == 1 ? parts.n_parts : 0, pass == 1); // at first no parts, lest what is in their place now comes into the cache
+        }
+    } else {
+        ggml_cuda_pdl_sync();
+        ggml_cuda_pdl_lc();
+        combine(parts.n_parts, true);
     }
 }
 
 template <int D> static void launch_combine(ggml_backend_cuda_context & ctx, const seqkv_view & a, const seqkv_parts & parts, const window_rows & rows) {
     const dim3 grid(a.n_head, a.n_stream*a.n_tokens);
     if (parts.n_parts <= 32) {
-        ggml_cuda_kernel_launch(combine_kernel<D,  8, 4>,     ggml_cuda_kernel_launch_params(grid, dim3( 8*WARP_SIZE), 0, ctx.stream()), a, parts, rows);
+        ggml_cuda_kernel_launch((combine_kernel<D,  8, 4, true>), ggml_cuda_kernel_launch_params(grid, dim3( 8*WARP_SIZE), 0, ctx.stream()), a, parts, rows);
     } else {
-        ggml_cuda_kernel_launch(combine_kernel<D, 16, 640/D>, ggml_cuda_kernel_launch_params(grid, dim3(16*WARP_SIZE), 0, ctx.stream()), a, parts, rows);
+        ggml_cuda_kernel_launch((combine_kernel<D, 16, 640/D, false>), ggml_cuda_kernel_launch_params(grid, dim3(16*WARP_SIZE), 0, ctx.stream()), a, parts, rows);
     }
 }
 

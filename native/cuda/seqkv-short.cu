@@ -156,7 +156,7 @@ static __device__ void frame_queries_of(const seqkv_view & a, short_smem<D, NT> 
 }
 
 // blockIdx: (part, or behind n_z a part of exact rows a warp; KV head; stream x chunk of 4*NT queries). KIND: of the types, see decode_kinds
-// early: nothing that the kernel before this one writes is read, but by the exact rows of this ubatch
+// early: kernels before this one may still run; of what is read here they write the queries and the exact rows of this ubatch alone
 template <int D, int NT, int KIND>
 static __global__ void __launch_bounds__(THREADS, NT == 4 ? 2 : 3) short_kernel(seqkv_view a, seqkv_parts parts, int n_chunks, bool early) {
     using smem_t = short_smem<D, NT>;
@@ -216,10 +216,6 @@ static __global__ void __launch_bounds__(THREADS, NT == 4 ? 2 : 3) short_kernel(
     };
     look_up(blockIdx.x);
     query_values<J> q[NT];
-#pragma unroll
-    for (int n = 0; n < NT; ++n) {
-        q[n].load(a, s, h, min(q0 + 4*n + warp, nq - 1), lane);
-    }
     rows_k.template load<KEYS>(sm.raw_k, blockIdx.x*TILE + KEYS*warp, a.p.n_kv);
     rows_v.template load<KEYS>(sm.raw_v, blockIdx.x*TILE + KEYS*warp, a.p.n_kv);
     uint32_t preds[D/16][2][2]; // B fragments of 16 offsets' predictions
@@ -338,6 +334,15 @@ static __global__ void __launch_bounds__(THREADS, NT == 4 ? 2 : 3) short_kernel(
 #pragma unroll
         for (int n = 0; n < NT; ++n) {
             score[n] = make_float2(-INFINITY, -INFINITY);
+        }
+        if (at < 0) { // as late as possible
+            if (early) {
+                ggml_cuda_pdl_sync();
+            }
+#pragma unroll
+            for (int n = 0; n < NT; ++n) {
+                q[n].load(a, s, h, min(q0 + 4*n + warp, nq - 1), lane);
+            }
         }
         for (int o = first; o != INT_MAX; o = next_origin(o)) {
             if (o != at) {

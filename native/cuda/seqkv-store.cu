@@ -25,9 +25,9 @@ static __global__ void seqkv_frame_kernel(const char * k, const char * v, half *
     const float * y = (const float *) (v + h*v_nb1 + t*v_nb2);
     const int  pair = p.neox && i >= p.n_rot/2 ? i - p.n_rot/2 : p.neox ? i : i/2;
     const bool second = p.neox ? i >= p.n_rot/2 : i & 1, rotated = i < p.dk && i < p.n_rot;
+    ggml_cuda_pdl_lc();
     const float2 cs = rotated ? ((const float2 *) rot.origin(meta.token(t)))[pair] : make_float2(1.0f, 0.0f);
     ggml_cuda_pdl_sync();
-    ggml_cuda_pdl_lc(); // after the former: who comes next may read what was there before this kernel
     if (i < p.dk) {
         const int2 at = seqkv_pair(pair, p.n_rot, p.neox);
         row[h*p.dk + i] = __float2half(rotated ? second ? x[at.y]*cs.x - x[at.x]*cs.y : x[at.x]*cs.x + x[at.y]*cs.y : x[i]);
@@ -438,7 +438,7 @@ static __global__ void __launch_bounds__(STORE_WARPS*WARP_SIZE) seqkv_write_kern
         tables.load(part.bits, part.graded);
     }
     ggml_cuda_pdl_sync();
-    ggml_cuda_pdl_lc(); // after the former: who comes next may read what was there before this kernel
+    ggml_cuda_pdl_lc();
     const int64_t cell = part.idxs[t];
     const int32_t mt   = meta.token(t);
     const float * src  = (const float *) (blockIdx.z == 0 ? k + h*k_nb1 + t*k_nb2 : v + h*v_nb1 + t*v_nb2);

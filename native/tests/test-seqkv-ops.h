@@ -248,6 +248,24 @@ struct test_seqkv : public test_case {
             attn(GGML_TYPE_SEQKV4,  GGML_TYPE_SEQKV2, 128, 64, 1, 4, n_kv, 68, 1);
             attn(GGML_TYPE_SEQKV3K, GGML_TYPE_SEQKV4, 64, 64, 1, 4, n_kv, 68, 1);
         }
+        // decode of so many heads and streams that CUDA has the kernel for long contexts work on few cells
+        for (const int64_t d : { 64, 128 }) {
+            const int64_t n = d == 64 ? 16 : 8;
+            for (const ggml_type t : { GGML_TYPE_SEQKV2, GGML_TYPE_SEQKV3, GGML_TYPE_SEQKV4 }) {
+                for (const bool profile : { false, true }) {
+                    const ggml_type k = ggml_seqkv_type(ggml_seqkv_bits(t), profile);
+                    attn(k, t, d, d, 8, 4, 320, 68, 1, n, IN_ORDER, profile);
+                    attn(k, t, d, d, 8, 3, 390, 68, 2, n, SHIFTED, profile, false, true, d/2);
+                }
+            }
+            for (const bool profile : { false, true }) {
+                attn(ggml_seqkv_type(3, profile), GGML_TYPE_SEQKV3, d, d, 8, 8, 640, 68, 1, n, SHIFTED, profile, true, false, 0, 30.0f);
+                attn(ggml_seqkv_type(3, profile), GGML_TYPE_SEQKV3, d, d, 8, 4, 640, 68, 3, n, SCRAMBLED, profile);
+                attn(ggml_seqkv_type(4, profile), GGML_TYPE_SEQKV2, d, d, 8, 2, 448, 68, 8, n, IN_ORDER, profile);
+            }
+            attn(GGML_TYPE_SEQKV3, GGML_TYPE_SEQKV3, d, d, 32, 1, 320, 68, 1, 4, IN_ORDER, false, false, true);
+            attn(GGML_TYPE_SEQKV4, GGML_TYPE_SEQKV4, d, d,  5, 4, 640, 68, 1, 16, IN_ORDER, false);
+        }
         // prefill around the edges of a tile of 256 query rows
         for (const int64_t n_tokens : { 85, 86, 127, 128, 129, 256, 300 }) {
             attn(GGML_TYPE_SEQKV3K, GGML_TYPE_SEQKV3, 64, 64, 1, n_tokens < 100 ? 3 : 2, 128, 68, n_tokens);
