@@ -39,7 +39,7 @@ def build(where: Path, arch: int, broken: tuple[str, str] | None = None) -> Path
     (where / "seqkv-common.cuh").write_text(common)
     cells = without((CUDA / "seqkv-cells.cuh").read_text(), "// value i of a head of another type", "// words of a block's planes")
     (where / "seqkv-cells.cuh").write_text(cells.replace('#include "../../ggml-cuda/dequantize.cuh"\n', ""))
-    kernels = without((CUDA / "seqkv-decode-kernels.cuh").read_text(), "template <int D> static void launch_queries", "")
+    kernels = without((CUDA / "seqkv-decode-kernels.cuh").read_text(), "template <int D, bool DENSE>\nstatic void launch_queries", "")
     for kind, name in (("char", "smem_raw"), ("half", "smem_h")):
         old = f"extern __shared__ __align__(16) {kind} {name}[];"
         assert kernels.count(old) == 1

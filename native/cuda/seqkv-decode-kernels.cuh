@@ -1,11 +1,10 @@
 // Decode straight from blocks, on integer tensor cores; short contexts and what is shared with these: seqkv-short.cu, seqkv-decode.cuh.
 //
-// Two or three kernels an op. With a profile, the first one transforms the queries into every frame (q' = D^T R(-t0) q), splits them in two signed
-// 7-bit digits, and takes their products with the frame's 64 predictions. In the next one a warp works on tiles of 64 cells of one KV head, whose
-// rows the warps of all heads of a block copy together, and, without a profile, on the queries of their frames (H R(-t0) q) before:
+// Three kernels an op. In the first one some blocks attend to the exact rows; the others transform the queries into every frame
+// (q' = D^T R(-t0) q, or H R(-t0) q), split them in two signed 7-bit digits, and take their products with the frame's 64
+// predictions. In the second one a warp works on tiles of 64 cells of one KV head, whose rows the warps of all heads of a block copy together:
 // levels of K and V by byte permutes, once for all queries of the group; scores as integer products with the digits of the queries, a gain per
-// key and group of values applied to each; values as integer products with the two bytes of p*gain. Exact rows are shared out like tiles. The last
-// one combines the parts.
+// key and group of values applied to each; values as integer products with the two bytes of p*gain. The third one combines the parts.
 //
 // Keys are the rows of the tensor core tiles, values their columns turned by ldmatrix; the 8 columns are 4 queries, each with
 // its upper and lower digit next to each other: lane 4*g + t has both digits of query t for keys (or dims) g and g + 8.
@@ -15,7 +14,7 @@
 
 static constexpr int MAX_NQ   = 32;       // queries of a KV head
 
-// Queries in their frames, by (stream, frame, KV head); n4 tiles of 4 queries
+// What the first kernel hands to the second one, by (stream, frame, KV head); n4 tiles of 4 queries
 //   digits: B fragments of the queries, (n4, block of 64, lane) of 16 bytes: lane 4*(2*query + digit) + t, word t of each of the 4 runs
 //   scale (4*n4): q' = scale*(256*upper + lower);  pred (4*n4, 64): <q', prediction by offset>
 struct frame_queries {
@@ -38,11 +37,13 @@ template <int D> SEQKV_FN uint32_t * digits_of(const frame_queries & f, int64_t 
 static constexpr int QUERY_ROWS = 16; // of a warp at a time, a tensor core tile: frame x query
 static constexpr __host__ __device__ int query_chunk(int d) { return d == 256 ? 64 : d; } // rows of D at a time
 static constexpr __host__ __device__ bool query_resident(int d) { return d <= 128; }      // D and the predictions stay in shared memory
-static constexpr int query_smem(int d) { return (WARPS*QUERY_ROWS + (query_resident(d) ? query_chunk(d) : 0) + SEQKV_FRAME)*(d + 8)*(int) sizeof(half); }
+static constexpr int query_smem(int d, bool dense) {
+    return (WARPS*QUERY_ROWS + (!dense ? 0 : query_resident(d) ? query_chunk(d) + SEQKV_FRAME : SEQKV_FRAME))*(d + 8)*(int) sizeof(half);
+}
 
 // What warps work on, one after the other: QUERY_ROWS or fewer rows of a KV head
 struct query_tiles {
-    int blocks;
+    int blocks;    // of the grid that have tiles, behind them exact rows
     int n, frames; // tiles of a KV head; frames of a tile, whose queries are all in it, if there are no more than QUERY_ROWS; otherwise a frame has two tiles
     int inv;       // 2^16/(queries of a frame in a tile), rounded up
 };
@@ -52,45 +53,11 @@ SEQKV_FN uint4 word_order(uint4 x) {
     return make_uint4(seqkv_prmt(x.x, x.z, 0x5410), seqkv_prmt(x.x, x.z, 0x7632), seqkv_prmt(x.y, x.w, 0x5410), seqkv_prmt(x.y, x.w, 0x7632));
 }
 
-// Two neighbouring pairs of a rotation, i and i + 1: values x, x + 1 of a row and y, y + 1 are turned
-struct query_pairs {
-    int  i, x, y;
-    bool rotated, neox;
-
-    __device__ __forceinline__ query_pairs(const seqkv_view & a, int i) : i(i) {
-        rotated = i < a.p.n_rot/2;
-        neox    = a.p.neox && rotated;
-        x = neox ? i : 2*i;
-        y = neox ? i + a.p.n_rot/2 : 2*i + 2;
-    }
-    // (cos, sin) of both
-    __device__ __forceinline__ float4 rotation(const seqkv_view & a, int origin) const {
-        return rotated ? *(const float4 *) (a.rot.base + (int64_t) origin*a.rot.stride + 2*i) : make_float4(1.0f, 0.0f, 1.0f, 0.0f);
-    }
-    __device__ __forceinline__ void load(const float * q, float2 & u, float2 & v) const {
-        u = *(const float2 *) (q + x);
-        v = *(const float2 *) (q + y);
-        if (!neox) {
-            const float z = u.y;
-            u.y = v.x;
-            v.x = z;
-        }
-    }
-    // turned back -> values x, x + 1 and y, y + 1
-    __device__ __forceinline__ void turn(float2 u, float2 v, float4 cs, half2 & at_x, half2 & at_y) const {
-        at_x = __floats2half2_rn(u.x*cs.x + v.x*cs.y, u.y*cs.z + v.y*cs.w);
-        at_y = __floats2half2_rn(v.x*cs.x - u.x*cs.y, v.y*cs.z - u.y*cs.w);
-        if (!neox) {
-            const half2 w = at_x;
-            at_x = __lows2half2(w, at_y);
-            at_y = __highs2half2(w, at_y);
-        }
-    }
-};
-
-// With a profile, each warp by itself: rotated queries to shared memory as f16, times D on tensor cores, products with the predictions, digits.
-template <int D>
-static __global__ void __launch_bounds__(THREADS, D == 256 ? 2 : 3) queries_kernel(seqkv_view a, frame_queries f, query_tiles tiles) {
+// Each warp by itself: rotated queries to shared memory as f16, times D or H on tensor cores (of H its part within 16 values, the rest by sums and
+// differences), products with the predictions, digits. overlap: the kernel before this one makes the frame rows, which exact rows alone need;
+// early: and nothing else that they do
+template <int D, bool DENSE>
+static __global__ void __launch_bounds__(THREADS, D == 256 ? 2 : DENSE ? 3 : 4) queries_kernel(seqkv_view a, frame_queries f, seqkv_parts parts, query_tiles tiles, bool overlap, bool early) {
     constexpr int  LD = D + 8, CHUNK = query_chunk(D), NB = D/64;
     constexpr bool RESIDENT = query_resident(D);
     extern __shared__ __align__(16) half smem_h[];
@@ -101,6 +68,21 @@ static __global__ void __launch_bounds__(THREADS, D == 256 ? 2 : 3) queries_kern
     const int nq = a.n_tokens*a.group;
     const int warp = threadIdx.x/WARP_SIZE, lane = threadIdx.x%WARP_SIZE, g = lane/4, t = lane%4;
     half * rows = smem_h + warp*QUERY_ROWS*LD;   // (QUERY_ROWS, LD): rotated queries
+
+    if ((int) blockIdx.x >= tiles.blocks) {
+        const int part = (blockIdx.x - tiles.blocks)*WARPS + warp, j0 = a.p.n_kv + part*EXACT;
+        if (!early) {
+            ggml_cuda_pdl_sync();
+        }
+        ggml_cuda_pdl_lc();
+        if (j0 < a.n_virt) {
+            exact_part<D>(a, parts, (float *) smem_h + warp*EXACT*D, s, h, 0, nq, j0, parts.n_z + part, early);
+        }
+        if (early) {
+            ggml_cuda_pdl_sync();
+        }
+        return;
+    }
 
     const auto load_chunk = [&](int k0) {
 #pragma unroll 8
@@ -114,10 +96,19 @@ static __global__ void __launch_bounds__(THREADS, D == 256 ? 2 : 3) queries_kern
             *(uint4 *) (preds + i/(D/8)*LD + i%(D/8)*8) = word_order(((const uint4 *) a.tables.pred(h))[i]);
         }
     };
-    ggml_cuda_pdl_lc();
-    if (RESIDENT) {
+    uint32_t h16[2][2]; // B fragments of the Hadamard matrix of 16 in the order of words
+    if (!DENSE) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const int column = 8*(i/2) + g/2 + 4*(g & 1), k = 2*t + 8*(i & 1);
+            h16[i/2][i & 1] = 0x3c003c00 ^ (__popc(k & column) & 1 ? 0x80008000 : 0) ^ (column & 1) << 31;
+        }
+    } else if (RESIDENT) {
         load_chunk(0);
         load_preds();
+    }
+    ggml_cuda_pdl_lc();
+    if (DENSE && RESIDENT) {
         __syncthreads();
     }
     ggml_cuda_pdl_sync();
@@ -133,24 +124,39 @@ static __global__ void __launch_bounds__(THREADS, D == 256 ? 2 : 3) queries_kern
         for (int f0 = frame_own; f0 < n_f; f0 += FRAMES*STEP) {
 #pragma unroll
             for (int i = 0; i < TIMES; ++i) {
-                const query_pairs p(a, 2*(own + i*LANES));
+                const int  pair    = 2*(own + i*LANES);
+                const bool rotated = pair < a.p.n_rot/2, neox = a.p.neox && rotated;
+                const int  x0 = neox ? pair : 2*pair, y0 = neox ? pair + a.p.n_rot/2 : 2*pair + 2;
                 float4 cs[FRAMES];
 #pragma unroll
                 for (int j = 0; j < FRAMES; ++j) {
-                    cs[j] = f0 + j*STEP < n_f ? p.rotation(a, SEQKV_FRAME + frame0 + f0 + j*STEP) : make_float4(1.0f, 0.0f, 1.0f, 0.0f);
+                    cs[j] = make_float4(1.0f, 0.0f, 1.0f, 0.0f);
+                    if (rotated && f0 + j*STEP < n_f) {
+                        cs[j] = *(const float4 *) (a.rot.base + (int64_t) (SEQKV_FRAME + frame0 + f0 + j*STEP)*a.rot.stride + 2*pair);
+                    }
                 }
 #pragma unroll 2
                 for (int iq = 0; iq < n_q; ++iq) {
-                    float2 u, v;
-                    p.load(a.query_of(s, h, q0 + iq), u, v);
+                    const float * q = a.query_of(s, h, q0 + iq);
+                    float2 x = *(const float2 *) (q + x0), y = *(const float2 *) (q + y0);
+                    if (!neox) {
+                        const float z = x.y;
+                        x.y = y.x;
+                        y.x = z;
+                    }
 #pragma unroll
                     for (int j = 0; j < FRAMES; ++j) {
-                        half2 x, y;
-                        p.turn(u, v, cs[j], x, y);
+                        half2 u = __floats2half2_rn(x.x*cs[j].x + y.x*cs[j].y, x.y*cs[j].z + y.y*cs[j].w);
+                        half2 v = __floats2half2_rn(y.x*cs[j].x - x.x*cs[j].y, y.y*cs[j].z - x.y*cs[j].w);
+                        if (!neox) {
+                            const half2 w = u;
+                            u = __lows2half2(w, v);
+                            v = __highs2half2(w, v);
+                        }
                         if (f0 + j*STEP < n_f) {
                             half * row = rows + ((f0 + j*STEP)*n_q + iq)*LD;
-                            *(half2 *) (row + p.x) = x;
-                            *(half2 *) (row + p.y) = y;
+                            *(half2 *) (row + x0) = u;
+                            *(half2 *) (row + y0) = v;
                         }
                     }
                 }
@@ -159,29 +165,33 @@ static __global__ void __launch_bounds__(THREADS, D == 256 ? 2 : 3) queries_kern
         __syncwarp();
 
         float acc[D/8][4] = {{ 0.0f }};
-        for (int k0 = 0; k0 < D; k0 += CHUNK) {
-            if (!RESIDENT) {
-                __syncthreads();
-                load_chunk(k0);
-                __syncthreads();
-            }
+        if constexpr (DENSE) {
+            for (int k0 = 0; k0 < D; k0 += CHUNK) {
+                if (!RESIDENT) {
+                    __syncthreads();
+                    load_chunk(k0);
+                    __syncthreads();
+                }
 #pragma unroll 2
-            for (int kk = 0; kk < CHUNK; kk += 16) {
-                uint32_t x[4];
-                load_a(x, rows + lane%16*LD + k0 + kk + lane/16*8);
+                for (int kk = 0; kk < CHUNK; kk += 16) {
+                    uint32_t x[4];
+                    load_a(x, rows + lane%16*LD + k0 + kk + lane/16*8);
 #pragma unroll
-                for (int n0 = 0; n0 < D/8; n0 += 4) { // independent products one after the other
-                    uint32_t b[8];
+                    for (int n0 = 0; n0 < D/8; n0 += 4) { // independent products one after the other
+                        uint32_t b[8];
 #pragma unroll
-                    for (int n = 0; n < 4; n += 2) {
-                        load_transposed(b + 2*n, chunk + (kk + lane%16)*LD + 8*(n0 + n) + lane/16*8);
-                    }
+                        for (int n = 0; n < 4; n += 2) {
+                            load_transposed(b + 2*n, chunk + (kk + lane%16)*LD + 8*(n0 + n) + lane/16*8);
+                        }
 #pragma unroll
-                    for (int n = 0; n < 4; ++n) {
-                        mma_f16(acc[n0 + n], x, b[2*n], b[2*n + 1]);
+                        for (int n = 0; n < 4; ++n) {
+                            mma_f16(acc[n0 + n], x, b[2*n], b[2*n + 1]);
+                        }
                     }
                 }
             }
+        } else {
+            hadamard_mma<D>(rows, h16, acc);
         }
 
         // row g + 8*e: frame and query
@@ -196,35 +206,37 @@ static __global__ void __launch_bounds__(THREADS, D == 256 ? 2 : 3) queries_kern
             at   [e] = f.index(a, s, frame0 + frame, h);
         }
 
-        if (!RESIDENT) {
-            __syncthreads();
-            load_preds();
-            __syncthreads();
-        }
-        float sum[SEQKV_FRAME/8][4] = {{ 0.0f }};
+        if constexpr (DENSE) {
+            if (!RESIDENT) {
+                __syncthreads();
+                load_preds();
+                __syncthreads();
+            }
+            float sum[SEQKV_FRAME/8][4] = {{ 0.0f }};
 #pragma unroll
-        for (int k = 0; k < D/16; ++k) {
-            uint32_t x[4]; // sums of two tiles are an A fragment
+            for (int k = 0; k < D/16; ++k) {
+                uint32_t x[4]; // sums of two tiles are an A fragment
 #pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                const half2 y = __floats2half2_rn(acc[2*k + i/2][2*(i & 1)], acc[2*k + i/2][2*(i & 1) + 1]);
-                x[i] = *(const uint32_t *) &y;
+                for (int i = 0; i < 4; ++i) {
+                    const half2 y = __floats2half2_rn(acc[2*k + i/2][2*(i & 1)], acc[2*k + i/2][2*(i & 1) + 1]);
+                    x[i] = *(const uint32_t *) &y;
+                }
+#pragma unroll
+                for (int n = 0; n < SEQKV_FRAME/8; n += 2) {
+                    uint32_t b[4];
+                    load_a(b, preds + (8*n + lane%8 + lane/16*8)*LD + 16*k + (lane >> 3 & 1)*8);
+                    mma_f16(sum[n],     x, b[0], b[1]);
+                    mma_f16(sum[n + 1], x, b[2], b[3]);
+                }
             }
 #pragma unroll
-            for (int n = 0; n < SEQKV_FRAME/8; n += 2) {
-                uint32_t b[4];
-                load_a(b, preds + (8*n + lane%8 + lane/16*8)*LD + 16*k + (lane >> 3 & 1)*8);
-                mma_f16(sum[n],     x, b[0], b[1]);
-                mma_f16(sum[n + 1], x, b[2], b[3]);
-            }
-        }
+            for (int e = 0; e < 2; ++e) {
+                if (used[e]) {
+                    float * dst = f.pred + (at[e]*4*f.n4 + query[e])*SEQKV_FRAME + 2*t;
 #pragma unroll
-        for (int e = 0; e < 2; ++e) {
-            if (used[e]) {
-                float * dst = f.pred + (at[e]*4*f.n4 + query[e])*SEQKV_FRAME + 2*t;
-#pragma unroll
-                for (int n = 0; n < SEQKV_FRAME/8; ++n) {
-                    *(float2 *) (dst + 8*n) = make_float2(sum[n][2*e], sum[n][2*e + 1]);
+                    for (int n = 0; n < SEQKV_FRAME/8; ++n) {
+                        *(float2 *) (dst + 8*n) = make_float2(sum[n][2*e], sum[n][2*e + 1]);
+                    }
                 }
             }
         }
@@ -243,7 +255,7 @@ static __global__ void __launch_bounds__(THREADS, D == 256 ? 2 : 3) queries_kern
             }
             const float inv = max > 0.0f ? DIGITS/max : 0.0f;
             if (t == 0) {
-                f.scale[at[e]*4*f.n4 + query[e]] = max*(1.0f/DIGITS);
+                f.scale[at[e]*4*f.n4 + query[e]] = max*((DENSE ? 1.0f : rsqrtf((float) D))/DIGITS);
             }
             uint32_t * dst = digits_of<D>(f, at[e]) + query[e]/4*D*2 + query[e]%4*32 + 4*t;
 #pragma unroll
@@ -260,105 +272,8 @@ static __global__ void __launch_bounds__(THREADS, D == 256 ? 2 : 3) queries_kern
         }
         __syncwarp(); // rows are read
     }
-}
-
-// Without a profile, by a warp: queries [q0, q0 + n) of a KV head, at most 4, in the frame of an origin -> their digits and scales. H R(-t0) q of queries rotated
-// in f16: H within 16 values on tensor cores, between them by sums and differences. scratch: 4*72*D/64 values of f16
-template <int D> SEQKV_FN void frame_queries_of(const seqkv_view & a, half * scratch, int s, int h, int origin, int q0, int n, uint32_t * digits, float * scale) {
-    constexpr int NB = D/64, LDB = 64 + 8, LDQ = NB*LDB; // between blocks, between queries: free of conflicts
-    constexpr int LANES = D/4 < WARP_SIZE ? D/4 : WARP_SIZE, STEP = WARP_SIZE/LANES, TIMES = D/4/LANES;
-    const int lane = threadIdx.x%WARP_SIZE, t = lane%4, query = lane/8;
-#pragma unroll
-    for (int i = 0; i < TIMES; ++i) {
-        const query_pairs p(a, 2*(lane%LANES + i*LANES));
-        const float4 cs = p.rotation(a, origin);
-#pragma unroll
-        for (int iq = 0; iq < 4; iq += STEP) {
-            const int own = iq + lane/LANES;
-            float2 u, v;
-            half2  x, y;
-            p.load(a.query_of(s, h, q0 + min(own, n - 1)), u, v);
-            p.turn(u, v, cs, x, y);
-            *(half2 *) (scratch + own*LDQ + p.x/64*LDB + p.x%64) = x;
-            *(half2 *) (scratch + own*LDQ + p.y/64*LDB + p.y%64) = y;
-        }
-    }
-    __syncwarp();
-
-    // Row g of a tile is a run of 16 values of query g/2, in block 2*j + g%2; the same row + 8 the next run of the block.
-    constexpr int J = NB > 1 ? NB/2 : 1;
-    uint32_t h16[2][2]; // B fragments of the Hadamard matrix of 16 in the order of words
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-        const int column = 8*(i/2) + lane/8 + 4*(lane >> 2 & 1), k = 2*t + 8*(i & 1);
-        h16[i/2][i & 1] = 0x3c003c00 ^ (__popc(k & column) & 1 ? 0x80008000 : 0) ^ (column & 1) << 31;
-    }
-    float x[J][2][2][4]; // (j, runs 2*i and 2*i + 1 of the block, tile of columns)
-#pragma unroll
-    for (int j = 0; j < J; ++j) {
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            uint32_t rows[4];
-            load_a(rows, scratch + lane%8/2*LDQ + (NB > 1 ? 2*j + lane%2 : 0)*LDB + 32*i + 16*(lane >> 3 & 1) + 8*(lane >> 4));
-#pragma unroll
-            for (int k = 0; k < 2; ++k) {
-                x[j][i][k][0] = x[j][i][k][1] = x[j][i][k][2] = x[j][i][k][3] = 0.0f;
-                mma_f16(x[j][i][k], rows, h16[k][0], h16[k][1]);
-            }
-        }
-    }
-    const auto turn = [](float & u, float & v) {
-        const float sum = u + v;
-        v = u - v;
-        u = sum;
-    };
-    const float sign = lane & 4 ? -1.0f : 1.0f;
-    float max = 0.0f;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) { // tile of columns, column
-#pragma unroll
-        for (int j = 0; j < J; ++j) {
-            turn(x[j][0][i/2][i%2], x[j][0][i/2][i%2 + 2]);
-            turn(x[j][1][i/2][i%2], x[j][1][i/2][i%2 + 2]);
-            turn(x[j][0][i/2][i%2],     x[j][1][i/2][i%2]);
-            turn(x[j][0][i/2][i%2 + 2], x[j][1][i/2][i%2 + 2]);
-        }
-#pragma unroll
-        for (int k = 0; k < 4; ++k) { // run
-            float & first = x[0][k/2][i/2][i%2 + 2*(k%2)], & second = x[J - 1][k/2][i/2][i%2 + 2*(k%2)];
-            if (NB > 2) {
-                turn(first, second);
-            }
-            if (NB > 1) {
-                first = fmaf(sign, first, __shfl_xor_sync(0xffffffff, first, 4));
-            }
-            if (NB > 2) {
-                second = fmaf(sign, second, __shfl_xor_sync(0xffffffff, second, 4));
-            }
-            max = fmaxf(max, fmaxf(fabsf(first), fabsf(second)));
-        }
-    }
-#pragma unroll
-    for (int i = 1; i < 8; i *= 2) {
-        max = fmaxf(max, __shfl_xor_sync(0xffffffff, max, i));
-    }
-    const float inv = max > 0.0f ? DIGITS/max : 0.0f;
-    if (query < n && (NB > 1 || (lane & 4) == 0)) {
-        if (lane%8 == 0) {
-            scale[query] = max*(rsqrtf((float) D)/DIGITS);
-        }
-#pragma unroll
-        for (int j = 0; j < J; ++j) {
-            uint32_t upper[4], lower[4];
-#pragma unroll
-            for (int k = 0; k < 4; ++k) {
-                const float (&w)[2][4] = x[j][k/2];
-                digits_of_word(w[0][2*(k%2)], w[0][2*(k%2) + 1], w[1][2*(k%2)], w[1][2*(k%2) + 1], inv, upper[k], lower[k]);
-            }
-            uint32_t * dst = digits + (NB > 1 ? 2*j + (lane >> 2 & 1) : 0)*128 + query*32 + 4*t;
-            *(uint4 *) dst        = make_uint4(upper[0], upper[1], upper[2], upper[3]);
-            *(uint4 *) (dst + 16) = make_uint4(lower[0], lower[1], lower[2], lower[3]);
-        }
+    if (overlap) {
+        ggml_cuda_pdl_sync();
     }
 }
 
@@ -419,22 +334,16 @@ struct block_plan {
 };
 static constexpr int ROWS = TILE/2; // copied at a time
 
-// What blocks work on: first exact units of EXACT_PARTS parts of exact rows for each KV head, which take about as long as a tile, then the tiles.
-// Each block takes that many in a row, one more in the first rest blocks.
-struct block_units {
-    int each, rest, exact;
+// Tiles of a block: each of them, one more in the first rest blocks
+struct block_tiles {
+    int each, rest;
 };
-static constexpr int EXACT_PARTS = 5;
-static inline block_units block_units_of(const seqkv_parts & parts, int n_tiles) {
-    const int exact = (parts.n_parts - parts.n_z + EXACT_PARTS - 1)/EXACT_PARTS, n = exact + n_tiles;
-    return { n/parts.n_z, n%parts.n_z, exact };
-}
 
 // blockIdx: (part, heads KV heads, stream x chunk of 4*NT queries). D: head_dim of keys and values.
 // KIND: of the types, see decode_kinds
-// early: kernels before this one may still run; of what is read here they write the queries and the exact rows of this ubatch alone
+// early: no kernel of this graph before this one writes cells
 template <int D, int NT, int KIND>
-static __global__ void __launch_bounds__(max_warps(D, NT)*WARP_SIZE, 1) decode_kernel(seqkv_view a, frame_queries f, seqkv_parts parts, block_plan plan, block_units units, int n_chunks, bool early) {
+static __global__ void __launch_bounds__(max_warps(D, NT)*WARP_SIZE, 1) decode_kernel(seqkv_view a, frame_queries f, seqkv_parts parts, block_plan plan, block_tiles tiles, int n_chunks, bool early) {
     using smem_t = warp_smem<D, NT, KIND>;
     constexpr int NB = smem_t::NB, KEYS = smem_t::KEYS, LDK = smem_t::LDK, LDV = smem_t::LDV;
     constexpr int VB = smem_t::VB, KEYSV = smem_t::KEYSV, GROUPS = smem_t::GROUPS, TABLE_K = smem_t::TABLE_K;
@@ -454,7 +363,7 @@ static __global__ void __launch_bounds__(max_warps(D, NT)*WARP_SIZE, 1) decode_k
     smem_t & sm = ((smem_t *) smem_raw)[warp];
     char * ring = smem_raw + plan.heads*plan.teams*sizeof(smem_t) + team*plan.ring;
     const bool  dense   = (KIND == 0 || GRADED) && a.form_k == SEQKV_DENSE; // graded keys alone have predictions
-    const int   unit0 = blockIdx.x*units.each + min((int) blockIdx.x, units.rest) - units.exact, tile1 = unit0 + units.each + ((int) blockIdx.x < units.rest);
+    const int   tile0 = blockIdx.x*tiles.each + min((int) blockIdx.x, tiles.rest), tile1 = tile0 + tiles.each + ((int) blockIdx.x < tiles.rest);
     const int32_t * meta = a.meta + (int64_t) s*a.n_virt;
     const int   bits_v  = BITS ? BITS : a.bits_v;
     const int   block_k = a.size_k/NB, block_v = a.size_v/NB;
@@ -592,9 +501,8 @@ static __global__ void __launch_bounds__(max_warps(D, NT)*WARP_SIZE, 1) decode_k
     uint4 digits[NT][NB];
     float scale[NT];
     const float * pred = nullptr;
-    const auto queries_index = [&](int origin) { return (uint32_t) ((s*f.n_frames + origin - SEQKV_FRAME)*a.p.n_head_kv + h); }; // and products of 32 by 32 bits
     const auto load_queries = [&](int origin) {
-        const uint32_t index = queries_index(origin);
+        const uint32_t index = (s*f.n_frames + origin - SEQKV_FRAME)*a.p.n_head_kv + h; // and products of 32 by 32 bits
         const uint4 * from   = (const uint4 *) (f.digits + (uint64_t) index*(uint32_t) (f.n4*D*2)) + q0/4*NB*WARP_SIZE + lane;
 #pragma unroll
         for (int n = 0; n < NT; ++n) {
@@ -626,10 +534,7 @@ static __global__ void __launch_bounds__(max_warps(D, NT)*WARP_SIZE, 1) decode_k
         }
     }
 
-    int first_tile = unit0 + team;
-    while (first_tile < 0) {
-        first_tile += plan.teams;
-    }
+    const int first_tile = tile0 + team;
 #pragma unroll 1
     for (int piece = 0; piece < 4; ++piece) {
         fill(piece, first_tile, true);
@@ -637,24 +542,12 @@ static __global__ void __launch_bounds__(max_warps(D, NT)*WARP_SIZE, 1) decode_k
     load_meta(first_tile);
     load_level_tables(BITS ? BITS : a.bits_k, BITS ? GRADED : a.graded_k, bits_v, sm.tables, TABLE_K, smem_t::TABLE_V, lane, WARP_SIZE);
     __syncwarp();
-    static_assert(EXACT*D*sizeof(float) <= sizeof(sm.level) && 4*72*NB*sizeof(half) <= sizeof(sm.level), "scratch");
-#pragma unroll 1
-    for (int unit = unit0 + team; unit < min(0, tile1); unit += plan.teams) {
-#pragma unroll 1
-        for (int i = 0; i < EXACT_PARTS; ++i) {
-            const int part = (unit + units.exact)*EXACT_PARTS + i, j0 = a.p.n_kv + part*EXACT;
-            if (j0 < a.n_virt) {
-                exact_part<D>(a, parts, (float *) sm.level, s, h, q0, min(4*NT, nq - q0), j0, parts.n_z + part, early);
-                __syncwarp();
-            }
-        }
-    }
     if (early) {
         ggml_cuda_pdl_sync();
     }
     for (int tile = first_tile; tile < tile1; tile += plan.teams) {
         int cell[2]; // offset | tokens that attend to it << 8
-        int origin[2], first = INT_MAX, last = -1;
+        int first = INT_MAX, last = -1;
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
             int seen = (next_mask[i] & 0x7fff) == 0 ? 1 : 0;
@@ -667,9 +560,8 @@ static __global__ void __launch_bounds__(max_warps(D, NT)*WARP_SIZE, 1) decode_k
             }
             seen = next_meta[i] < 0 ? 0 : seen;
             cell[i] = (next_meta[i] & 63) | seen << 8;
-            origin[i] = next_meta[i] >> 8;
-            first = min(first, seen ? origin[i] : INT_MAX);
-            last  = max(last,  seen ? origin[i] : -1);
+            first = min(first, seen ? next_meta[i] >> 8 : INT_MAX);
+            last  = max(last,  seen ? next_meta[i] >> 8 : -1);
         }
         load_meta(tile + plan.teams);
         first = warp_min(first);
@@ -688,26 +580,6 @@ static __global__ void __launch_bounds__(max_warps(D, NT)*WARP_SIZE, 1) decode_k
             continue;
         }
         const bool one_origin = first == last;
-        if (!dense && (at != first || !one_origin)) {
-            int o = first;
-            while (true) { // all origins of the tile
-#pragma unroll 1
-                for (int n = 0; n < NT && q0 + 4*n < nq; ++n) {
-                    const uint64_t at = (uint64_t) queries_index(o)*(uint32_t) (4*f.n4) + q0 + 4*n;
-                    frame_queries_of<D>(a, (half *) sm.level, s, h, o, q0 + 4*n, min(4, nq - q0 - 4*n), f.digits + at*(D/2), f.scale + at);
-                    __syncwarp();
-                }
-                if (o == last) {
-                    break;
-                }
-                int next = INT_MAX;
-#pragma unroll
-                for (int i = 0; i < 2; ++i) {
-                    next = min(next, cell[i] >> 8 && origin[i] > o ? origin[i] : INT_MAX);
-                }
-                o = warp_min(next);
-            }
-        }
         if (at != first) {
             load_queries(first); // long before they are needed
         }
@@ -1063,16 +935,22 @@ template <int D, int NT, int KIND> static block_plan plan_block(const seqkv_view
     return best;
 }
 
-template <int D> static void launch_queries(ggml_backend_cuda_context & ctx, const seqkv_view & a, const frame_queries & f) {
-    constexpr size_t smem = query_smem(D);
-    CUDA_SET_SHARED_MEMORY_LIMIT(queries_kernel<D>, smem);
-    const int nq = a.n_tokens*a.group, n_q = std::min(nq, QUERY_ROWS);
+template <int D, bool DENSE>
+static void launch_queries(ggml_backend_cuda_context & ctx, const seqkv_view & a, const frame_queries & f, const seqkv_parts & parts, bool overlap) {
+    constexpr size_t smem = query_smem(D, DENSE);
+    static_assert(WARPS*EXACT*D*sizeof(float) <= smem, "exact rows work in the same memory");
+    CUDA_SET_SHARED_MEMORY_LIMIT((queries_kernel<D, DENSE>), smem);
+    const int nq = a.n_tokens*a.group, n_q = std::min(nq, QUERY_ROWS), n_exact = parts.n_parts - parts.n_z, exact = (n_exact + WARPS - 1)/WARPS;
     query_tiles tiles;
     tiles.frames = QUERY_ROWS/n_q;
     tiles.n      = (f.n_frames + tiles.frames - 1)/tiles.frames*((nq + QUERY_ROWS - 1)/QUERY_ROWS);
     tiles.inv    = (65536 + n_q - 1)/n_q;
-    tiles.blocks = std::min((tiles.n + WARPS - 1)/WARPS, std::max(1, 3*ggml_cuda_info().devices[ctx.device].nsm/(a.p.n_head_kv*a.n_stream))); // each loads D
-    ggml_cuda_kernel_launch(queries_kernel<D>, ggml_cuda_kernel_launch_params(dim3(tiles.blocks, a.p.n_head_kv, a.n_stream), dim3(THREADS), smem, ctx.stream()), a, f, tiles);
+    tiles.blocks = (tiles.n + WARPS - 1)/WARPS;
+    if (DENSE) { // each block loads D
+        tiles.blocks = std::min(tiles.blocks, std::max(1, 3*ggml_cuda_info().devices[ctx.device].nsm/(a.p.n_head_kv*a.n_stream) - exact));
+    }
+    ggml_cuda_kernel_launch((queries_kernel<D, DENSE>), ggml_cuda_kernel_launch_params(dim3(tiles.blocks + exact, a.p.n_head_kv, a.n_stream), dim3(THREADS), smem, ctx.stream()),
+        a, f, parts, tiles, overlap, overlap && a.p.stored_before);
 }
 
 template <int D, int NT, int KIND>
@@ -1112,7 +990,7 @@ static void decode_case(ggml_backend_cuda_context & ctx, const ggml_tensor * dst
     const int n_tiles = (a.p.n_kv + TILE - 1)/TILE;
 
     seqkv_parts parts;
-    parts.n_z      = std::max(1, std::min((n_tiles + (n_exact + EXACT_PARTS - 1)/EXACT_PARTS + plan.teams - 1)/plan.teams, blocks/(a.p.n_head_kv/plan.heads*a.n_stream*n_chunks)));
+    parts.n_z      = std::max(1, std::min((n_tiles + plan.teams - 1)/plan.teams, blocks/(a.p.n_head_kv/plan.heads*a.n_stream*n_chunks)));
     parts.n_parts  = parts.n_z + n_exact;
     parts.permuted = 1;
     const int64_t n_out = (int64_t) a.n_stream*a.n_tokens*a.n_head*parts.n_parts;
@@ -1122,10 +1000,12 @@ static void decode_case(ggml_backend_cuda_context & ctx, const ggml_tensor * dst
     parts.acc = acc.get();
 
     if (a.form_k == SEQKV_DENSE) {
-        launch_queries<D>(ctx, a, f);
+        launch_queries<D, true>(ctx, a, f, parts, overlap);
+    } else {
+        launch_queries<D, false>(ctx, a, f, parts, overlap);
     }
     ggml_cuda_kernel_launch((decode_kernel<D, NT, KIND>), ggml_cuda_kernel_launch_params(dim3(parts.n_z, a.p.n_head_kv/plan.heads, a.n_stream*n_chunks), dim3(n_threads), smem, stream),
-        a, f, parts, plan, block_units_of(parts, n_tiles), n_chunks, overlap && a.p.stored_before);
+        a, f, parts, plan, block_tiles { n_tiles/parts.n_z, n_tiles%parts.n_z }, n_chunks, overlap && a.p.stored_before);
     seqkv_combine(ctx, a, parts, rows);
 }
 

@@ -29,5 +29,5 @@ bool seqkv_decode_supported(int device, const ggml_tensor * dst) {
             !ggml_seqkv_bits(k->type) || !ggml_seqkv_bits(v->type) || ggml_seqkv_graded(v->type)) {
         return false;
     }
-    return (size_t) query_smem(p.dk) <= info.smpbo; // decode_kernel takes less, with one KV head a block
+    return (size_t) query_smem(p.dk, true) <= info.smpbo; // decode_kernel takes less, with one KV head a block
 }

@@ -865,9 +865,20 @@ static int match_write(const ggml_cgraph * graph, int i, const ggml_tensor * (&p
     return 0;
 }
 
-// Decode writes the blocks of all layers at the end of the graph, where its attention does not read them.
+// Decode writes the blocks of all layers beside what follows the last attention, since none reads them: their encoder takes long and little of a GPU.
 struct seqkv_late {
     std::vector<const ggml_tensor *> parts;
+    cudaEvent_t fork = nullptr, join = nullptr;
+    bool        forked = false;
+
+    seqkv_late() {
+        CUDA_CHECK(cudaEventCreateWithFlags(&fork, cudaEventDisableTiming));
+        CUDA_CHECK(cudaEventCreateWithFlags(&join, cudaEventDisableTiming));
+    }
+    ~seqkv_late() {
+        CUDA_CHECK(cudaEventDestroy(fork));
+        CUDA_CHECK(cudaEventDestroy(join));
+    }
 
     static seqkv_late & of(ggml_backend_cuda_context & ctx) {
         if (!ctx.seqkv) {
@@ -875,24 +886,51 @@ struct seqkv_late {
         }
         return *(seqkv_late *) ctx.seqkv.get();
     }
+
+    void write(cudaStream_t stream) {
+        const auto same_launch = [](const ggml_tensor * a, const ggml_tensor * b) {
+            const ggml_seqkv_params p = seqkv_params(a), q = seqkv_params(b);
+            return a->src[3] == b->src[3] && a->src[0]->ne[1] == b->src[0]->ne[1] && p.n_head_kv == q.n_head_kv && p.dk == q.dk && p.dv == q.dv && p.n_kv == q.n_kv && p.n_win == q.n_win;
+        };
+        while (!parts.empty()) {
+            const ggml_tensor * first = parts[0];
+            const auto rest = std::stable_partition(parts.begin(), parts.end(), [&](const ggml_tensor * part) { return same_launch(first, part); });
+            store_few(parts.data(), (int) (rest - parts.begin()), stream);
+            parts.erase(parts.begin(), rest);
+        }
+    }
 };
 
 static bool is_late(const ggml_tensor * frame) { return frame->ne[1] <= SEQKV_MAX_DECODE && seqkv_params(frame).stored_before; }
+
+// attention at node i is done
+static void write_late(ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, int i) {
+    auto & late = seqkv_late::of(ctx);
+    if (late.parts.empty() || !ctx.stream_context().concurrent_events.empty()) {
+        return;
+    }
+    for (int k = i + 1; k < graph->n_nodes; ++k) {
+        if (graph->nodes[k]->op == GGML_OP_SEQKV_FRAME || graph->nodes[k]->op == GGML_OP_SEQKV_ATTN) {
+            return;
+        }
+    }
+    cudaStream_t beside = ctx.stream(ctx.device, GGML_CUDA_MAX_STREAMS - 1);
+    CUDA_CHECK(cudaEventRecord(late.fork, ctx.stream()));
+    CUDA_CHECK(cudaStreamWaitEvent(beside, late.fork, 0));
+    late.write(beside);
+    CUDA_CHECK(cudaEventRecord(late.join, beside));
+    late.forked = true;
+}
 
 void ggml_cuda_seqkv_finish(ggml_backend_cuda_context & ctx) {
     if (!ctx.seqkv) {
         return;
     }
-    auto & parts = seqkv_late::of(ctx).parts;
-    const auto same_launch = [](const ggml_tensor * a, const ggml_tensor * b) {
-        const ggml_seqkv_params p = seqkv_params(a), q = seqkv_params(b);
-        return a->src[3] == b->src[3] && a->src[0]->ne[1] == b->src[0]->ne[1] && p.n_head_kv == q.n_head_kv && p.dk == q.dk && p.dv == q.dv && p.n_kv == q.n_kv && p.n_win == q.n_win;
-    };
-    while (!parts.empty()) {
-        const ggml_tensor * first = parts[0];
-        const auto rest = std::stable_partition(parts.begin(), parts.end(), [&](const ggml_tensor * part) { return same_launch(first, part); });
-        store_few(parts.data(), (int) (rest - parts.begin()), ctx.stream());
-        parts.erase(parts.begin(), rest);
+    auto & late = seqkv_late::of(ctx);
+    late.write(ctx.stream()); // of graphs that end without the attention that was waited for
+    if (late.forked) {
+        CUDA_CHECK(cudaStreamWaitEvent(ctx.stream(), late.join, 0));
+        late.forked = false;
     }
 }
 
@@ -972,6 +1010,7 @@ int ggml_cuda_seqkv_fuse(ggml_backend_cuda_context & ctx, const ggml_cgraph * gr
                 overlap = overlap && is_view(graph->nodes[k]);
             }
             ggml_cuda_seqkv_attn(ctx, graph->nodes[i], graph->nodes[j], overlap);
+            write_late(ctx, graph, j);
             return j - i;
         }
     }
