@@ -9,7 +9,7 @@ static constexpr int CHUNK = 4096; // rows in scratch at a time
 static constexpr int TILE  = 32;   // rows of a tile of attention
 static constexpr int WARPS = 8;    // query rows of a block
 
-seqkv_view seqkv_view_of(const ggml_tensor * dst) {
+seqkv_view seqkv_view_of(const ggml_tensor * dst, const ggml_tensor * frame) {
     const ggml_tensor * q    = dst->src[0];
     const ggml_tensor * k    = dst->src[1];
     const ggml_tensor * v    = dst->src[2];
@@ -25,7 +25,13 @@ seqkv_view seqkv_view_of(const ggml_tensor * dst) {
     a.k        = (const char *) k->data;    a.k_nb1   = k->nb[1];   a.k_nb2   = k->nb[2];
     a.v        = (const char *) v->data;    a.v_nb1   = v->nb[1];   a.v_nb2   = v->nb[2];
     a.win      = (const char *) win->data;  a.win_nb1 = win->nb[1]; a.win_nb2 = win->nb[2];
-    a.cur      = (const half *) dst->src[6]->data;
+    a.cur      = (half *) dst->src[6]->data;
+    a.k_new    = frame ? (const char *) frame->src[0]->data : nullptr;
+    a.v_new    = frame ? (const char *) frame->src[1]->data : nullptr;
+    a.k_new_nb1 = frame ? frame->src[0]->nb[1] : 0;
+    a.k_new_nb2 = frame ? frame->src[0]->nb[2] : 0;
+    a.v_new_nb1 = frame ? frame->src[1]->nb[1] : 0;
+    a.v_new_nb2 = frame ? frame->src[1]->nb[2] : 0;
     a.mask     = (const char *) mask->data; a.mask_nb1 = mask->nb[1]; a.mask_nb3 = mask->nb[3];
     a.sinks    = dst->src[4] ? (const float *) dst->src[4]->data : nullptr;
     a.meta     = (const int32_t *) dst->src[7]->data;
@@ -507,13 +513,13 @@ void seqkv_combine(ggml_backend_cuda_context & ctx, const seqkv_view & a, const 
     }
 }
 
-void ggml_cuda_seqkv_attn(ggml_backend_cuda_context & ctx, ggml_tensor * dst, ggml_tensor * rows, bool overlap) {
+void ggml_cuda_seqkv_attn(ggml_backend_cuda_context & ctx, ggml_tensor * dst, ggml_tensor * rows, const ggml_tensor * frame) {
     if (ggml_nelements(dst) == 0) {
         return;
     }
     const int64_t n_tokens = dst->src[0]->ne[2]/dst->src[1]->ne[2];
     if (n_tokens <= SEQKV_MAX_DECODE && seqkv_decode_supported(ctx.device, dst)) {
-        seqkv_decode(ctx, dst, rows, overlap);
+        seqkv_decode(ctx, dst, rows, frame);
     } else if (n_tokens > SEQKV_MAX_DECODE && seqkv_prefill_supported(ctx.device, dst)) {
         seqkv_prefill(ctx, dst);
         if (rows) {

@@ -13,7 +13,10 @@ struct seqkv_view {
     const char * k;       int64_t k_nb1, k_nb2;
     const char * v;       int64_t v_nb1, v_nb2;
     const char * win;     int64_t win_nb1, win_nb2;
-    const half * cur;
+    half * cur;
+    // NULL, or keys and values of the ubatch, (head_dim, heads, tokens) floats: their frame rows are made by the exact parts and not by a FRAME before
+    const char * k_new;   int64_t k_new_nb1, k_new_nb2;
+    const char * v_new;   int64_t v_new_nb1, v_new_nb2;
     const char * mask;    int64_t mask_nb1, mask_nb3;
     const float * sinks;  // NULL: none
     const int32_t * meta; // (n_stream, n_virt)
@@ -27,9 +30,9 @@ struct seqkv_view {
 
     __device__ __forceinline__ const char * cell_k(int s, int64_t j, int h) const { return k + s*k_nb2 + j*k_nb1 + h*size_k; }
     __device__ __forceinline__ const char * cell_v(int s, int64_t j, int h) const { return v + s*v_nb2 + j*v_nb1 + h*size_v; }
+    __device__ __forceinline__ half * cur_row(int s, int t) const { return cur + ((int64_t) s*n_tokens + t)*p.n_head_kv*(p.dk + p.dv); }
     __device__ __forceinline__ const half * exact(int s, int64_t j) const {
-        return j < p.n_kv + p.n_win ? (const half *) (win + s*win_nb2 + (j - p.n_kv)*win_nb1)
-                                    : cur + ((int64_t) s*n_tokens + j - p.n_kv - p.n_win)*p.n_head_kv*(p.dk + p.dv);
+        return j < p.n_kv + p.n_win ? (const half *) (win + s*win_nb2 + (j - p.n_kv)*win_nb1) : cur_row(s, (int) j - p.n_kv - p.n_win);
     }
     __device__ __forceinline__ const float * query(int s, int t, int head) const {
         return (const float *) (q + head*q_nb1 + ((int64_t) s*n_tokens + t)*q_nb2);
@@ -43,7 +46,7 @@ struct seqkv_view {
     __device__ __forceinline__ const half * mask_row(int s, int t) const { return (const half *) (mask + s*mask_nb3 + t*mask_nb1); }
 };
 
-seqkv_view seqkv_view_of(const ggml_tensor * dst);
+seqkv_view seqkv_view_of(const ggml_tensor * dst, const ggml_tensor * frame = nullptr); // frame: a FRAME that was not run
 
 // logits: scale and softcap
 SEQKV_FN float seqkv_logit(float dot, const ggml_seqkv_params & p) {
@@ -66,9 +69,9 @@ struct seqkv_parts {
 // all parts -> dst; rows: STORE of the window's rows, or NULL
 void seqkv_combine(ggml_backend_cuda_context & ctx, const seqkv_view & a, const seqkv_parts & parts, const ggml_tensor * rows);
 
-// Decode straight from blocks on tensor cores. overlap: the last kernel launched was the fused write of the cache.
+// Decode straight from blocks on tensor cores. frame: NULL, or FRAME of the ubatch, which is left to it. Then nothing in this graph writes cells.
 bool seqkv_decode_supported(int device, const ggml_tensor * dst);
-void seqkv_decode(ggml_backend_cuda_context & ctx, ggml_tensor * dst, const ggml_tensor * rows, bool overlap);
+void seqkv_decode(ggml_backend_cuda_context & ctx, ggml_tensor * dst, const ggml_tensor * rows, const ggml_tensor * frame);
 
 // Prefill: rows expanded to f16, then upstream's kernels.
 bool seqkv_prefill_supported(int device, const ggml_tensor * dst);

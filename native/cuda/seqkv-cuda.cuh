@@ -6,8 +6,8 @@
 
 void ggml_cuda_seqkv_frame(ggml_backend_cuda_context & ctx, ggml_tensor * dst);
 void ggml_cuda_seqkv_store(ggml_backend_cuda_context & ctx, ggml_tensor * dst);
-// rows: the STORE of the window's rows that follows, to be done as well; NULL: none. overlap: the fused write of the cache was launched last
-void ggml_cuda_seqkv_attn (ggml_backend_cuda_context & ctx, ggml_tensor * dst, ggml_tensor * rows = nullptr, bool overlap = false);
+// rows: the STORE of the window's rows that follows, to be done as well; NULL: none. frame: FRAME of the ubatch, if it was not run
+void ggml_cuda_seqkv_attn (ggml_backend_cuda_context & ctx, ggml_tensor * dst, ggml_tensor * rows = nullptr, const ggml_tensor * frame = nullptr);
 
 // Runs node i with those after it that go in the same launches. Returns how many of these are done, 0: nothing was run.
 int ggml_cuda_seqkv_fuse(ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, int i);

@@ -1,3 +1,3 @@
 #include "seqkv-decode-kernels.cuh"
 
-template void seqkv_decode_heads<64>(ggml_backend_cuda_context & ctx, const ggml_tensor * dst, const ggml_tensor * rows, bool overlap, int n_queries);
+template void seqkv_decode_heads<64>(ggml_backend_cuda_context & ctx, const ggml_tensor * dst, const ggml_tensor * rows, const ggml_tensor * frame, int n_queries);

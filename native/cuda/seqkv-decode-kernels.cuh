@@ -48,16 +48,29 @@ struct query_tiles {
     int inv;       // 2^16/(queries of a frame in a tile), rounded up
 };
 
+// Tiles of a block: each of them, one more in the first rest blocks
+struct block_tiles {
+    int each, rest;
+
+    __device__ __forceinline__ int begin(int block) const { return block*each + min(block, rest); }
+    __device__ __forceinline__ int end  (int block) const { return begin(block + 1); }
+};
+
+// Tiles that the blocks of the attention begin with, n of each, to be in the L2 cache by then; 0: none
+struct first_tiles {
+    block_tiles tiles;
+    int         blocks, n;
+};
+
 // 8 values 0 4 1 5 2 6 3 7: columns 2t, 2t + 1 of two tensor core tiles are then values t, t + 4, t + 8, t + 12, a word of the stored order
 SEQKV_FN uint4 word_order(uint4 x) {
     return make_uint4(seqkv_prmt(x.x, x.z, 0x5410), seqkv_prmt(x.x, x.z, 0x7632), seqkv_prmt(x.y, x.w, 0x5410), seqkv_prmt(x.y, x.w, 0x7632));
 }
 
 // Each warp by itself: rotated queries to shared memory as f16, times D or H on tensor cores (of H its part within 16 values, the rest by sums and
-// differences), products with the predictions, digits. overlap: the kernel before this one makes the frame rows, which exact rows alone need;
-// early: and nothing else that they do
+// differences), products with the predictions, digits. early: as for exact_part
 template <int D, bool DENSE>
-static __global__ void __launch_bounds__(THREADS, D == 256 ? 2 : DENSE ? 3 : 4) queries_kernel(seqkv_view a, frame_queries f, seqkv_parts parts, query_tiles tiles, bool overlap, bool early) {
+static __global__ void __launch_bounds__(THREADS, D == 256 ? 2 : DENSE ? 3 : 4) queries_kernel(seqkv_view a, frame_queries f, seqkv_parts parts, query_tiles tiles, first_tiles ahead, bool early) {
     constexpr int  LD = D + 8, CHUNK = query_chunk(D), NB = D/64;
     constexpr bool RESIDENT = query_resident(D);
     extern __shared__ __align__(16) half smem_h[];
@@ -68,6 +81,16 @@ static __global__ void __launch_bounds__(THREADS, D == 256 ? 2 : DENSE ? 3 : 4) 
     const int nq = a.n_tokens*a.group;
     const int warp = threadIdx.x/WARP_SIZE, lane = threadIdx.x%WARP_SIZE, g = lane/4, t = lane%4;
     half * rows = smem_h + warp*QUERY_ROWS*LD;   // (QUERY_ROWS, LD): rotated queries
+
+    // What the blocks of the next kernel ask for all at once. If this graph writes cells: the cache is what others read and write as well.
+    for (int i = (blockIdx.y*gridDim.x + blockIdx.x)*WARPS + warp; i < ahead.blocks*ahead.n; i += gridDim.y*gridDim.x*WARPS) {
+        const int block = i/ahead.n, tile = ahead.tiles.begin(block) + i - block*ahead.n;
+        if (tile < ahead.tiles.end(block)) {
+            const int n = min(TILE, a.p.n_kv - tile*TILE);
+            prefetch(a.cell_k(s, tile*TILE, 0), n*(int) a.k_nb1);
+            prefetch(a.cell_v(s, tile*TILE, 0), n*(int) a.v_nb1);
+        }
+    }
 
     if ((int) blockIdx.x >= tiles.blocks) {
         const int part = (blockIdx.x - tiles.blocks)*WARPS + warp, j0 = a.p.n_kv + part*EXACT;
@@ -272,9 +295,6 @@ static __global__ void __launch_bounds__(THREADS, D == 256 ? 2 : DENSE ? 3 : 4) 
         }
         __syncwarp(); // rows are read
     }
-    if (overlap) {
-        ggml_cuda_pdl_sync();
-    }
 }
 
 //
@@ -334,14 +354,9 @@ struct block_plan {
 };
 static constexpr int ROWS = TILE/2; // copied at a time
 
-// Tiles of a block: each of them, one more in the first rest blocks
-struct block_tiles {
-    int each, rest;
-};
-
 // blockIdx: (part, heads KV heads, stream x chunk of 4*NT queries). D: head_dim of keys and values.
 // KIND: of the types, see decode_kinds
-// early: no kernel of this graph before this one writes cells
+// early: kernels before this one that may still run write no cells
 template <int D, int NT, int KIND>
 static __global__ void __launch_bounds__(max_warps(D, NT)*WARP_SIZE, 1) decode_kernel(seqkv_view a, frame_queries f, seqkv_parts parts, block_plan plan, block_tiles tiles, int n_chunks, bool early) {
     using smem_t = warp_smem<D, NT, KIND>;
@@ -363,7 +378,7 @@ static __global__ void __launch_bounds__(max_warps(D, NT)*WARP_SIZE, 1) decode_k
     smem_t & sm = ((smem_t *) smem_raw)[warp];
     char * ring = smem_raw + plan.heads*plan.teams*sizeof(smem_t) + team*plan.ring;
     const bool  dense   = (KIND == 0 || GRADED) && a.form_k == SEQKV_DENSE; // graded keys alone have predictions
-    const int   tile0 = blockIdx.x*tiles.each + min((int) blockIdx.x, tiles.rest), tile1 = tile0 + tiles.each + ((int) blockIdx.x < tiles.rest);
+    const int   tile0 = tiles.begin(blockIdx.x), tile1 = tiles.end(blockIdx.x);
     const int32_t * meta = a.meta + (int64_t) s*a.n_virt;
     const int   bits_v  = BITS ? BITS : a.bits_v;
     const int   block_k = a.size_k/NB, block_v = a.size_v/NB;
@@ -936,7 +951,7 @@ template <int D, int NT, int KIND> static block_plan plan_block(const seqkv_view
 }
 
 template <int D, bool DENSE>
-static void launch_queries(ggml_backend_cuda_context & ctx, const seqkv_view & a, const frame_queries & f, const seqkv_parts & parts, bool overlap) {
+static void launch_queries(ggml_backend_cuda_context & ctx, const seqkv_view & a, const frame_queries & f, const seqkv_parts & parts, const first_tiles & ahead) {
     constexpr size_t smem = query_smem(D, DENSE);
     static_assert(WARPS*EXACT*D*sizeof(float) <= smem, "exact rows work in the same memory");
     CUDA_SET_SHARED_MEMORY_LIMIT((queries_kernel<D, DENSE>), smem);
@@ -950,12 +965,12 @@ static void launch_queries(ggml_backend_cuda_context & ctx, const seqkv_view & a
         tiles.blocks = std::min(tiles.blocks, std::max(1, 3*ggml_cuda_info().devices[ctx.device].nsm/(a.p.n_head_kv*a.n_stream) - exact));
     }
     ggml_cuda_kernel_launch((queries_kernel<D, DENSE>), ggml_cuda_kernel_launch_params(dim3(tiles.blocks + exact, a.p.n_head_kv, a.n_stream), dim3(THREADS), smem, ctx.stream()),
-        a, f, parts, tiles, overlap, overlap && a.p.stored_before);
+        a, f, parts, tiles, ahead, a.k_new != nullptr);
 }
 
 template <int D, int NT, int KIND>
-static void decode_case(ggml_backend_cuda_context & ctx, const ggml_tensor * dst, const ggml_tensor * rows, bool overlap) {
-    const seqkv_view a = seqkv_view_of(dst);
+static void decode_case(ggml_backend_cuda_context & ctx, const ggml_tensor * dst, const ggml_tensor * rows, const ggml_tensor * frame) {
+    const seqkv_view a = seqkv_view_of(dst, frame);
     cudaStream_t stream = ctx.stream();
 
     const int nq       = a.n_tokens*a.group;
@@ -999,26 +1014,33 @@ static void decode_case(ggml_backend_cuda_context & ctx, const ggml_tensor * dst
     parts.ml  = ml.get();
     parts.acc = acc.get();
 
+    const block_tiles tiles = { n_tiles/parts.n_z, n_tiles%parts.n_z };
+    static int l2[GGML_CUDA_MAX_DEVICES] = { 0 }; // bytes of the L2 cache
+    if (l2[ctx.device] == 0) {
+        CUDA_CHECK(cudaDeviceGetAttribute(&l2[ctx.device], cudaDevAttrL2CacheSize, ctx.device));
+    }
+    const bool ahead_fits = 2*a.n_stream*parts.n_z*plan.teams*TILE*(a.k_nb1 + a.v_nb1) <= l2[ctx.device];
+    const first_tiles ahead = { tiles, parts.n_z, ahead_fits ? plan.teams : 0 };
     if (a.form_k == SEQKV_DENSE) {
-        launch_queries<D, true>(ctx, a, f, parts, overlap);
+        launch_queries<D, true>(ctx, a, f, parts, ahead);
     } else {
-        launch_queries<D, false>(ctx, a, f, parts, overlap);
+        launch_queries<D, false>(ctx, a, f, parts, ahead);
     }
     ggml_cuda_kernel_launch((decode_kernel<D, NT, KIND>), ggml_cuda_kernel_launch_params(dim3(parts.n_z, a.p.n_head_kv/plan.heads, a.n_stream*n_chunks), dim3(n_threads), smem, stream),
-        a, f, parts, plan, block_tiles { n_tiles/parts.n_z, n_tiles%parts.n_z }, n_chunks, overlap && a.p.stored_before);
+        a, f, parts, plan, tiles, n_chunks, frame != nullptr);
     seqkv_combine(ctx, a, parts, rows);
 }
 
-template <int D, int NT> static void decode_types(ggml_backend_cuda_context & ctx, const ggml_tensor * dst, const ggml_tensor * rows, bool overlap) {
-    decode_kinds(dst, [&](auto kind) { decode_case<D, NT, decltype(kind)::value>(ctx, dst, rows, overlap); });
+template <int D, int NT> static void decode_types(ggml_backend_cuda_context & ctx, const ggml_tensor * dst, const ggml_tensor * rows, const ggml_tensor * frame) {
+    decode_kinds(dst, [&](auto kind) { decode_case<D, NT, decltype(kind)::value>(ctx, dst, rows, frame); });
 }
 
-template <int D> void seqkv_decode_heads(ggml_backend_cuda_context & ctx, const ggml_tensor * dst, const ggml_tensor * rows, bool overlap, int n_queries) {
+template <int D> void seqkv_decode_heads(ggml_backend_cuda_context & ctx, const ggml_tensor * dst, const ggml_tensor * rows, const ggml_tensor * frame, int n_queries) {
     if (n_queries <= 4) {
-        decode_types<D, 1>(ctx, dst, rows, overlap);
+        decode_types<D, 1>(ctx, dst, rows, frame);
     } else if (n_queries <= 8 || max_nt(D) == 2) {
-        decode_types<D, 2>(ctx, dst, rows, overlap);
+        decode_types<D, 2>(ctx, dst, rows, frame);
     } else {
-        decode_case<D, max_nt(D), 0>(ctx, dst, rows, overlap);
+        decode_case<D, max_nt(D), 0>(ctx, dst, rows, frame);
     }
 }

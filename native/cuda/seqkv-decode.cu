@@ -1,20 +1,20 @@
 // Decode: which kernels. Those of a head_dim are compiled in a file of their own, seqkv-decode-d*.cu.
 #include "seqkv-decode-kernels.cuh"
 
-extern template void seqkv_decode_heads< 64>(ggml_backend_cuda_context & ctx, const ggml_tensor * dst, const ggml_tensor * rows, bool overlap, int n_queries);
-extern template void seqkv_decode_heads<128>(ggml_backend_cuda_context & ctx, const ggml_tensor * dst, const ggml_tensor * rows, bool overlap, int n_queries);
-extern template void seqkv_decode_heads<256>(ggml_backend_cuda_context & ctx, const ggml_tensor * dst, const ggml_tensor * rows, bool overlap, int n_queries);
+extern template void seqkv_decode_heads< 64>(ggml_backend_cuda_context & ctx, const ggml_tensor * dst, const ggml_tensor * rows, const ggml_tensor * frame, int n_queries);
+extern template void seqkv_decode_heads<128>(ggml_backend_cuda_context & ctx, const ggml_tensor * dst, const ggml_tensor * rows, const ggml_tensor * frame, int n_queries);
+extern template void seqkv_decode_heads<256>(ggml_backend_cuda_context & ctx, const ggml_tensor * dst, const ggml_tensor * rows, const ggml_tensor * frame, int n_queries);
 
-void seqkv_decode(ggml_backend_cuda_context & ctx, ggml_tensor * dst, const ggml_tensor * rows, bool overlap) {
+void seqkv_decode(ggml_backend_cuda_context & ctx, ggml_tensor * dst, const ggml_tensor * rows, const ggml_tensor * frame) {
     const ggml_seqkv_params p = seqkv_params(dst);
     const int n_queries = (int) (dst->src[0]->ne[2]/dst->src[1]->ne[2]*dst->src[0]->ne[1]/p.n_head_kv);
-    if (seqkv_decode_short(ctx, dst, rows, overlap, n_queries)) {
+    if (seqkv_decode_short(ctx, dst, rows, frame, n_queries)) {
         return;
     }
     switch (p.dk) {
-        case 64:  seqkv_decode_heads< 64>(ctx, dst, rows, overlap, n_queries); break;
-        case 128: seqkv_decode_heads<128>(ctx, dst, rows, overlap, n_queries); break;
-        default:  seqkv_decode_heads<256>(ctx, dst, rows, overlap, n_queries); break;
+        case 64:  seqkv_decode_heads< 64>(ctx, dst, rows, frame, n_queries); break;
+        case 128: seqkv_decode_heads<128>(ctx, dst, rows, frame, n_queries); break;
+        default:  seqkv_decode_heads<256>(ctx, dst, rows, frame, n_queries); break;
     }
 }
 

@@ -13,7 +13,7 @@ static constexpr int DIGITS   = 127*256;  // largest value of two signed digits
 static constexpr int BYTES    = 65530;    // largest value of two bytes, with room for rounding
 
 // One kernel for all, seqkv-short.cu; false: not for this op, nothing was done. n_queries: of a KV head
-bool seqkv_decode_short(ggml_backend_cuda_context & ctx, const ggml_tensor * dst, const ggml_tensor * rows, bool overlap, int n_queries);
+bool seqkv_decode_short(ggml_backend_cuda_context & ctx, const ggml_tensor * dst, const ggml_tensor * rows, const ggml_tensor * frame, int n_queries);
 
 // pieces of 16 bytes that a cell of these types has at most, where rows and heads begin at multiples of 16 bytes and of its size
 static constexpr __host__ __device__ int cell_pieces(int d, int bits, int graded) {
@@ -87,6 +87,25 @@ SEQKV_FN float sum16(float (&x)[16], int lane) {
     return x[0] + __shfl_xor_sync(0xffffffff, x[0], 1);
 }
 
+// FRAME: the row of token t of one KV head, by a warp
+template <int D> static __device__ void frame_row(const seqkv_view & a, int s, int h, int t) {
+    constexpr int V = D/WARP_SIZE;
+    const int     i0 = threadIdx.x%WARP_SIZE*V, half_rot = a.p.n_rot/2;
+    const int64_t token = (int64_t) s*a.n_tokens + t;
+    const float * k = (const float *) (a.k_new + h*a.k_new_nb1 + token*a.k_new_nb2), * v = (const float *) (a.v_new + h*a.v_new_nb1 + token*a.v_new_nb2);
+    const float2 * cs = (const float2 *) a.rot.origin(a.meta[(int64_t) s*a.n_virt + a.p.n_kv + a.p.n_win + t]);
+    half * row = a.cur_row(s, t) + h*D;
+#pragma unroll
+    for (int c = 0; c < V; ++c) {
+        const int    i      = i0 + c, pair = a.p.neox ? (i >= half_rot ? i - half_rot : i) : i/2;
+        const bool   second = a.p.neox ? i >= half_rot : i & 1, rotated = i < a.p.n_rot;
+        const float2 f      = rotated ? cs[pair] : make_float2(1.0f, 0.0f);
+        const float  other  = k[!rotated ? i : !a.p.neox ? i ^ 1 : second ? i - half_rot : i + half_rot];
+        row[i] = __float2half(k[i]*f.x + (second ? -other : other)*f.y);
+        row[a.p.n_head_kv*D + i] = __float2half(v[i]);
+    }
+}
+
 // Exact rows [j0, j0 + EXACT) of one KV head for queries [q0, q0 + nq), by one warp: plain float arithmetic, a lane D/32 neighbouring values.
 // keys: (EXACT, D) scratch of the warp. early: no kernel before this one that may still run writes what is read here, but for rows of this ubatch
 template <int D>
@@ -95,22 +114,26 @@ static __device__ void exact_part(const seqkv_view & a, const seqkv_parts & part
     const int lane = threadIdx.x%WARP_SIZE, n = min(EXACT, a.n_virt - j0), half_rot = a.p.n_rot/2;
     const int e_own = lane/2/QUERIES, q_own = lane/2%QUERIES; // row and query whose logit this lane gets
 
+    const int t0 = j0 - a.p.n_kv - a.p.n_win; // the first row's token of the ubatch
+    if (early && t0 + n > 0) {
+        ggml_cuda_pdl_sync();
+#pragma unroll 1
+        for (int t = a.k_new ? max(0, t0) : t0 + n; t < t0 + n; ++t) {
+            frame_row<D>(a, s, h, t);
+        }
+        __syncwarp();
+    }
+
     // everything that is read, at once
     const int32_t * meta = a.meta + (int64_t) s*a.n_virt + j0;
     half_vector<V> k_raw[EXACT], v_raw[EXACT];
     int32_t origin[EXACT];
-    const auto load_row = [&](int e) {
-        const half * row = a.exact(s, j0 + min(e, n - 1)) + h*D + V*lane;
-        k_raw[e].load(row);
-        v_raw[e].load(row + a.p.n_head_kv*D);
-    };
-    const bool wait = early && j0 + n > a.p.n_kv + a.p.n_win;
 #pragma unroll
     for (int e = 0; e < EXACT; ++e) {
+        const half * row = a.exact(s, j0 + min(e, n - 1)) + h*D + V*lane;
         origin[e] = meta[min(e, n - 1)];
-        if (!wait) {
-            load_row(e);
-        }
+        k_raw[e].load(row);
+        v_raw[e].load(row + a.p.n_head_kv*D);
     }
     const bool used = e_own < n && meta[min(e_own, n - 1)] >= 0;
     float2 cs[EXACT][V];
@@ -120,13 +143,6 @@ static __device__ void exact_part(const seqkv_view & a, const seqkv_parts & part
         for (int c = 0; c < V; ++c) {
             const int i = V*lane + c, pair = a.p.neox ? (i >= half_rot ? i - half_rot : i) : i/2;
             cs[e][c] = origin[e] >= 0 && i < a.p.n_rot ? ((const float2 *) a.rot.origin(origin[e]))[pair] : make_float2(1.0f, 0.0f);
-        }
-    }
-    if (wait) {
-        ggml_cuda_pdl_sync();
-#pragma unroll
-        for (int e = 0; e < EXACT; ++e) {
-            load_row(e);
         }
     }
 #pragma unroll

@@ -174,6 +174,19 @@ SEQKV_FN void bulk_copy(void * dst, const void * src, int bytes, uint64_t * barr
 #endif
     GGML_UNUSED_VARS(dst, src, bytes, barrier);
 }
+// bytes on their way to the L2 cache, by a warp
+SEQKV_FN void prefetch(const char * from, int bytes) {
+#if __CUDA_ARCH__ >= 900
+    const int skew = (int) (uintptr_t) from & 15;
+    if (threadIdx.x%WARP_SIZE == 0 && bytes > 0) {
+        asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" :: "l"(from - skew), "r"((skew + bytes + 15) & ~15) : "memory");
+    }
+#else
+    for (int i = threadIdx.x%WARP_SIZE*128; i < bytes; i += WARP_SIZE*128) {
+        asm volatile("prefetch.global.L2 [%0];" :: "l"(from + i));
+    }
+#endif
+}
 // of n threads, where there are no such barriers
 SEQKV_FN void named_barrier(int id, int n) { asm volatile("bar.sync %0, %1;" :: "r"(id), "r"(n) : "memory"); }
 

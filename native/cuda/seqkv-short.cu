@@ -156,7 +156,7 @@ static __device__ void frame_queries_of(const seqkv_view & a, short_smem<D, NT> 
 }
 
 // blockIdx: (part, or behind n_z a part of exact rows a warp; KV head; stream x chunk of 4*NT queries). KIND: of the types, see decode_kinds
-// early: kernels before this one may still run; of what is read here they write the queries and the exact rows of this ubatch alone
+// early: kernels before this one that may still run write nothing that is read here, but for what is of this ubatch
 template <int D, int NT, int KIND>
 static __global__ void __launch_bounds__(THREADS, NT == 4 ? 2 : 3) short_kernel(seqkv_view a, seqkv_parts parts, int n_chunks, bool early) {
     using smem_t = short_smem<D, NT>;
@@ -509,8 +509,8 @@ template <int D, int NT> static size_t short_smem_bytes(bool dense) {
 }
 
 template <int D, int NT, int KIND>
-static bool short_case(ggml_backend_cuda_context & ctx, const ggml_tensor * dst, const ggml_tensor * rows, bool overlap) {
-    const seqkv_view a = seqkv_view_of(dst);
+static bool short_case(ggml_backend_cuda_context & ctx, const ggml_tensor * dst, const ggml_tensor * rows, const ggml_tensor * frame) {
+    const seqkv_view a = seqkv_view_of(dst, frame);
     const bool   dense = a.form_k == SEQKV_DENSE;
     const size_t smem  = short_smem_bytes<D, NT>(dense);
     if (smem > ggml_cuda_info().devices[ctx.device].smpbo) {
@@ -542,24 +542,24 @@ static bool short_case(ggml_backend_cuda_context & ctx, const ggml_tensor * dst,
     parts.acc = acc.get();
     ggml_cuda_kernel_launch((short_kernel<D, NT, KIND>),
         ggml_cuda_kernel_launch_params(dim3(parts.n_z + exact, a.p.n_head_kv, a.n_stream*n_chunks), dim3(THREADS), smem, ctx.stream()),
-        a, parts, n_chunks, overlap && a.p.stored_before);
+        a, parts, n_chunks, frame != nullptr);
     seqkv_combine(ctx, a, parts, rows);
     return true;
 }
 
-template <int D, int NT> static bool short_types(ggml_backend_cuda_context & ctx, const ggml_tensor * dst, const ggml_tensor * rows, bool overlap) {
-    return decode_kinds(dst, [&](auto kind) { return short_case<D, NT, decltype(kind)::value>(ctx, dst, rows, overlap); });
+template <int D, int NT> static bool short_types(ggml_backend_cuda_context & ctx, const ggml_tensor * dst, const ggml_tensor * rows, const ggml_tensor * frame) {
+    return decode_kinds(dst, [&](auto kind) { return short_case<D, NT, decltype(kind)::value>(ctx, dst, rows, frame); });
 }
 
-template <int D> static bool short_heads(ggml_backend_cuda_context & ctx, const ggml_tensor * dst, const ggml_tensor * rows, bool overlap, int n_queries) {
-    return n_queries <= 4 ? short_types<D, 1>(ctx, dst, rows, overlap) : n_queries <= 8 ? short_types<D, 2>(ctx, dst, rows, overlap)
-                                                                                      : short_case<D, 4, 0>(ctx, dst, rows, overlap);
+template <int D> static bool short_heads(ggml_backend_cuda_context & ctx, const ggml_tensor * dst, const ggml_tensor * rows, const ggml_tensor * frame, int n_queries) {
+    return n_queries <= 4 ? short_types<D, 1>(ctx, dst, rows, frame) : n_queries <= 8 ? short_types<D, 2>(ctx, dst, rows, frame)
+                                                                                      : short_case<D, 4, 0>(ctx, dst, rows, frame);
 }
 
-bool seqkv_decode_short(ggml_backend_cuda_context & ctx, const ggml_tensor * dst, const ggml_tensor * rows, bool overlap, int n_queries) {
+bool seqkv_decode_short(ggml_backend_cuda_context & ctx, const ggml_tensor * dst, const ggml_tensor * rows, const ggml_tensor * frame, int n_queries) {
     switch (seqkv_params(dst).dk) {
-        case 64:  return short_heads< 64>(ctx, dst, rows, overlap, n_queries);
-        case 128: return short_heads<128>(ctx, dst, rows, overlap, n_queries);
+        case 64:  return short_heads< 64>(ctx, dst, rows, frame, n_queries);
+        case 128: return short_heads<128>(ctx, dst, rows, frame, n_queries);
         default:  return false; // D does not fit in shared memory
     }
 }

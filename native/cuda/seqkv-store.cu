@@ -2,7 +2,7 @@
 //
 // The encoder is the one of encode.h: for each group of values three candidate gains, for each of these the Viterbi search. A
 // warp codes one group: lane 8*c + s holds state s of candidate c and carries its path, so that nothing has to be traced back.
-#include "seqkv-common.cuh"
+#include "seqkv-attn.cuh"
 #include "seqkv-mma.cuh"
 
 #include "../../ggml-cuda/cpy-utils.cuh"
@@ -868,6 +868,7 @@ static int match_write(const ggml_cgraph * graph, int i, const ggml_tensor * (&p
 // Decode writes the blocks of all layers beside what follows the last attention, since none reads them: their encoder takes long and little of a GPU.
 struct seqkv_late {
     std::vector<const ggml_tensor *> parts;
+    const ggml_tensor * frame = nullptr; // FRAME that is left to the attention that comes next
     cudaEvent_t fork = nullptr, join = nullptr;
     bool        forked = false;
 
@@ -946,7 +947,27 @@ void ggml_cuda_seqkv_optimize(const ggml_cgraph * graph, ggml_backend_graph_opti
     }
 }
 
-// these in one launch, or FRAME alone, the others later
+// STORE of the window's rows behind attention at node i, which the last kernel of that copies; 0: none
+static int rows_behind(const ggml_cgraph * graph, int i) {
+    int j = i + 1;
+    while (j < graph->n_nodes && is_view(graph->nodes[j])) {
+        ++j;
+    }
+    const ggml_tensor * rows = j < graph->n_nodes ? graph->nodes[j] : nullptr;
+    return rows && rows->op == GGML_OP_SEQKV_STORE && seqkv_params(rows).part == GGML_SEQKV_ROW && rows->src[0] == graph->nodes[i]->src[6] ? j : 0;
+}
+
+// Is the write that ends at node i, of this FRAME, followed by an attention that makes its rows itself?
+static bool attention_makes(ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, const ggml_tensor * frame, int i) {
+    do {
+        ++i;
+    } while (i < graph->n_nodes && is_view(graph->nodes[i]));
+    const ggml_tensor * attn = i < graph->n_nodes ? graph->nodes[i] : nullptr;
+    return attn && attn->op == GGML_OP_SEQKV_ATTN && attn->src[6] == frame && ggml_nelements(attn) > 0 && attn->src[0]->ne[2]/attn->src[1]->ne[2] <= SEQKV_MAX_DECODE &&
+        rows_behind(graph, i) && seqkv_decode_supported(ctx.device, attn) && ctx.stream_context().concurrent_events.empty();
+}
+
+// these in one launch, or the others later, and FRAME alone or with the attention
 static int fuse_write(ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, int i) {
     ggml_tensor * frame = graph->nodes[i];
     const ggml_tensor * parts[2] = { nullptr, nullptr };
@@ -956,9 +977,13 @@ static int fuse_write(ggml_backend_cuda_context & ctx, const ggml_cgraph * graph
         return 0;
     }
     if (is_late(frame)) {
-        ggml_cuda_seqkv_frame(ctx, frame);
-        auto & late = seqkv_late::of(ctx).parts;
-        late.insert(late.end(), parts, parts + 2);
+        auto & late = seqkv_late::of(ctx);
+        if (attention_makes(ctx, graph, frame, last)) {
+            late.frame = frame;
+        } else {
+            ggml_cuda_seqkv_frame(ctx, frame);
+        }
+        late.parts.insert(late.parts.end(), parts, parts + 2);
         return last - i;
     }
     const ggml_tensor * k = frame->src[0];
@@ -990,26 +1015,13 @@ int ggml_cuda_seqkv_fuse(ggml_backend_cuda_context & ctx, const ggml_cgraph * gr
     if (node->op == GGML_OP_SEQKV_FRAME) {
         return fuse_write(ctx, graph, i);
     }
-    // attention, then the window's rows: the last kernel of the one copies these
     if (node->op == GGML_OP_SEQKV_ATTN && ggml_nelements(node) > 0) {
-        int j = i + 1;
-        while (j < graph->n_nodes && is_view(graph->nodes[j])) {
-            ++j;
-        }
-        if (j < graph->n_nodes && graph->nodes[j]->op == GGML_OP_SEQKV_STORE && seqkv_params(graph->nodes[j]).part == GGML_SEQKV_ROW &&
-                graph->nodes[j]->src[0] == node->src[6]) {
-            // did the write come just before?
-            int w = i - 1;
-            while (w > 0 && (is_view(graph->nodes[w]) || graph->nodes[w]->op == GGML_OP_SEQKV_STORE)) {
-                --w;
+        if (const int j = rows_behind(graph, i)) {
+            const ggml_tensor * frame = nullptr;
+            if (ctx.seqkv) {
+                std::swap(frame, seqkv_late::of(ctx).frame);
             }
-            const ggml_tensor * parts[2];
-            const int  last    = w >= 0 ? match_write(graph, w, parts) : 0;
-            bool overlap = last > 0 && ctx.stream_context().concurrent_events.empty();
-            for (int k = last + 1; k < i; ++k) {
-                overlap = overlap && is_view(graph->nodes[k]);
-            }
-            ggml_cuda_seqkv_attn(ctx, graph->nodes[i], graph->nodes[j], overlap);
+            ggml_cuda_seqkv_attn(ctx, graph->nodes[i], graph->nodes[j], frame);
             write_late(ctx, graph, j);
             return j - i;
         }

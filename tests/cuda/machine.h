@@ -44,6 +44,7 @@ inline uint4  make_uint4 (uint32_t x, uint32_t y, uint32_t z, uint32_t w) { retu
 typedef _Float16 half;
 struct half2 { half x, y; };
 inline float  __half2float(half x) { return x; }
+inline half   __float2half(float x) { return (half) x; }
 inline half2  __floats2half2_rn(float x, float y) { return { (half) x, (half) y }; }
 inline half2  __lows2half2 (half2 a, half2 b) { return { a.x, b.x }; }
 inline half2  __highs2half2(half2 a, half2 b) { return { a.y, b.y }; }
@@ -80,7 +81,7 @@ struct named_state : meeting {
     int n = 0;
 };
 inline fiber * current;
-inline uint3   block_index, block_size;
+inline uint3   block_index, block_size, grid_size;
 inline std::vector<warp> warps;
 inline named_state       named[16];
 inline ucontext_t        scheduler;
@@ -89,6 +90,7 @@ alignas(128) inline char shared_memory[232448];
 #define threadIdx (current->thread)
 #define blockIdx  block_index
 #define blockDim  block_size
+#define gridDim   grid_size
 
 inline void yield() { swapcontext(&current->context, &scheduler); }
 inline int  lane_of_thread() { return current->thread.x%WARP_SIZE; }
