@@ -1,5 +1,5 @@
 """CUDA's decode kernel for long contexts, compiled for the CPU (tests/cuda/): its sums, its barriers and copies, for three generations of GPUs.
-Short contexts have a kernel of their own, which the cases of test-backend-ops reach on a GPU; those of this one would need thousands of cells."""
+On a GPU the cases of test-backend-ops with many streams and KV heads reach it; the others go to the kernel for short contexts."""
 
 from __future__ import annotations
 

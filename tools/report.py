@@ -174,7 +174,7 @@ TABLES = {
     "quality": quality, "quality_f32": lambda: quality("quality-f32.json"), "speed": speed, "speed_1b": lambda: speed("speed-1b.json"),
     "speed_1b_2048": lambda: speed("speed-1b-2048.json"), "speed_1b_4096": lambda: speed("speed-1b-4096.json"),
     "speed_8b": lambda: speed("speed-8b.json"), "cuda": lambda: speed("cuda.json"),
-    "cuda_deep": lambda: speed("cuda-deep.json"), "cuda_2048": lambda: speed("cuda-2048.json"), "cuda_shapes": cuda_shapes, "fits": fits,
+    "cuda_deep": lambda: speed("cuda-deep.json"), "cuda_2048": lambda: speed("cuda-2048.json"), "cuda_profile": lambda: speed("cuda-profile.json"), "cuda_shapes": cuda_shapes, "fits": fits,
     "cuda_quality": cuda_quality, "store": lambda: store("store.json"), "store_8b": lambda: store("store-8b.json"), "tiers": tiers, "ratios": ratios, "memory": memory, "drift": drift, "texts": texts,
     "outliers": outliers, "greedy": greedy, "retrieval": retrieval,
 }  # fmt: skip
