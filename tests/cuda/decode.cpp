@@ -1,4 +1,5 @@
-// decode_kernel on the emulated machine against sums in double, from the same cells, digits of queries and predictions. Arguments: orders of cells to try.
+// decode_kernel on the emulated machine against sums in double, from the same cells, digits of queries and predictions, and the exact rows' part of it.
+// Arguments: orders of cells to try.
 #include "seqkv-decode-kernels.cuh"
 
 extern "C" void ggml_abort(const char *, int, const char * text, ...) { fail(text); }
@@ -190,7 +191,145 @@ template <int D, int NT, int KIND> static void check(order cells, bool dense, co
     }
 }
 
+// exact rows of the window, and those of the ubatch, which are made from its keys and values
+template <int D> static void check_exact(int n_head_kv, int group, int n_tokens, int n_stream, int n_rot, bool neox, float softcap) {
+    seqkv_view a = {};
+    a.p.dk = a.p.dv = D;
+    a.p.n_rot     = n_rot;
+    a.p.neox      = neox;
+    a.p.n_head_kv = n_head_kv;
+    a.p.n_kv      = 64;
+    a.p.n_win     = 6;
+    a.p.scale     = 0.1f;
+    a.p.softcap   = softcap;
+    a.n_virt      = a.p.n_kv + a.p.n_win + n_tokens;
+    a.n_tokens    = n_tokens;
+    a.n_stream    = n_stream;
+    a.group       = group;
+    a.n_head      = group*n_head_kv;
+    a.inv_group   = (65536 + group - 1)/group;
+    const auto random = [](float) { return (rand()%2001 - 1000)/700.0f; };
+    const int  n_exact = a.p.n_win + n_tokens, width = 2*D*n_head_kv, n_origins = 3;
+    std::vector<float> q((size_t) n_stream*n_tokens*a.n_head*D), k((size_t) n_stream*n_tokens*n_head_kv*D), v(k.size()), rot((size_t) (SEQKV_FRAME + n_origins)*n_rot);
+    std::vector<half>  win((size_t) n_stream*a.p.n_win*width), cur((size_t) n_stream*n_tokens*width + 8), mask((size_t) n_stream*n_tokens*256);
+    std::vector<int32_t> meta((size_t) n_stream*a.n_virt);
+    std::transform(q.begin(), q.end(), q.begin(), random);
+    std::transform(k.begin(), k.end(), k.begin(), random);
+    std::transform(v.begin(), v.end(), v.begin(), random);
+    std::transform(win.begin(), win.end(), win.begin(), random);
+    for (size_t i = 0; i < rot.size(); i += 2) {
+        const double angle = rand();
+        rot[i]     = (float) cos(angle);
+        rot[i + 1] = (float) sin(angle);
+    }
+    for (int j = 0; j < (int) meta.size(); ++j) {
+        meta[j] = j%a.n_virt < a.p.n_kv + a.p.n_win && rand()%5 == 0 ? -1 : (SEQKV_FRAME + rand()%n_origins) << 8 | rand()%SEQKV_FRAME;
+    }
+    std::generate(mask.begin(), mask.end(), [] { return rand()%4 ? (half) 0.0f : (half) -INFINITY; });
+    a.q     = (const char *) q.data();
+    a.q_nb1 = D*sizeof(float);
+    a.q_nb2 = a.n_head*a.q_nb1;
+    a.k_new = (const char *) k.data();
+    a.v_new = (const char *) v.data();
+    a.k_new_nb1 = a.v_new_nb1 = D*sizeof(float);
+    a.k_new_nb2 = a.v_new_nb2 = n_head_kv*a.k_new_nb1;
+    a.win      = (const char *) win.data();
+    a.win_nb1  = width*sizeof(half);
+    a.win_nb2  = a.p.n_win*a.win_nb1;
+    a.cur      = aligned(cur);
+    a.rot      = { rot.data(), n_rot };
+    a.meta     = meta.data();
+    a.mask     = (const char *) mask.data();
+    a.mask_nb1 = 256*sizeof(half);
+    a.mask_nb3 = n_tokens*a.mask_nb1;
+
+    seqkv_parts parts;
+    parts.n_z      = 0;
+    parts.n_parts  = (n_exact + EXACT - 1)/EXACT;
+    parts.permuted = 0;
+    std::vector<float2> ml((size_t) n_stream*n_tokens*a.n_head*parts.n_parts, { NAN, NAN });
+    std::vector<float>  acc(ml.size()*D, NAN);
+    parts.ml  = ml.data();
+    parts.acc = acc.data();
+    for (int s = 0; s < n_stream; ++s) {
+        for (int h = 0; h < n_head_kv; ++h) {
+            for (int part = 0; part < parts.n_parts; ++part) {
+                run_block(WARP_SIZE, { 0, 0, 0 }, [&] { exact_part<D>(a, parts, (float *) shared_memory, s, h, 0, n_tokens*group, a.p.n_kv + part*EXACT, part, true); });
+            }
+        }
+    }
+
+    // value i of a row turned by an origin, forwards or back
+    const auto turned = [&](const auto * row, int i, int origin, double sign) {
+        const int  half_rot = n_rot/2, pair = neox ? i%half_rot : i/2;
+        const bool second = neox ? i >= half_rot : i%2;
+        if (i >= n_rot) {
+            return (double) row[i];
+        }
+        const int other = neox ? (second ? i - half_rot : i + half_rot) : i ^ 1;
+        return rot[(size_t) origin*n_rot + 2*pair]*(double) row[i] + (second ? sign : -sign)*rot[(size_t) origin*n_rot + 2*pair + 1]*(double) row[other];
+    };
+    double error = 0, norm = 0;
+    for (int64_t row = 0; row < (int64_t) n_stream*n_tokens*a.n_head; ++row) {
+        const int s = row/(n_tokens*a.n_head), t = row/a.n_head%n_tokens, head = row%a.n_head, h = head/group;
+        std::vector<double> want(D), got(D);
+        double sum = 0, max_got = -INFINITY, sum_got = 0;
+        for (int j = a.p.n_kv; j < a.n_virt; ++j) {
+            const int32_t m = meta[s*a.n_virt + j];
+            const half * exact = a.exact(s, j) + h*D;
+            if (j >= a.p.n_kv + a.p.n_win) { // what FRAME would have made of it
+                const size_t token = (size_t) s*n_tokens + j - a.p.n_kv - a.p.n_win;
+                for (int i = 0; i < D; ++i) {
+                    const double x = turned(&k[(token*n_head_kv + h)*D], i, m >> 8, -1.0);
+                    if (fabs((double) exact[i] - x) > 6e-4*fabs(x) + 1e-6 || exact[n_head_kv*D + i] != (half) v[(token*n_head_kv + h)*D + i]) {
+                        fail("another frame row");
+                    }
+                }
+            }
+            if (m < 0 || mask[(s*n_tokens + t)*256 + j] != (half) 0.0f) {
+                continue;
+            }
+            double dot = 0;
+            for (int i = 0; i < D; ++i) {
+                dot += q[row*D + i]*turned(exact, i, m >> 8, 1.0);
+            }
+            const double logit = softcap ? softcap*tanh(a.p.scale*dot/softcap) : a.p.scale*dot, p = exp(logit);
+            sum += p;
+            for (int i = 0; i < D; ++i) {
+                want[i] += p*(double) exact[n_head_kv*D + i];
+            }
+        }
+        for (int c = 0; c < parts.n_parts; ++c) {
+            max_got = std::max(max_got, (double) ml[row*parts.n_parts + c].x);
+        }
+        for (int c = 0; c < parts.n_parts; ++c) {
+            const float2 part = ml[row*parts.n_parts + c];
+            const double w = part.x == -INFINITY ? 0.0 : exp(part.x - max_got);
+            sum_got += w*part.y;
+            for (int i = 0; i < D; ++i) {
+                got[i] += w*acc[(row*parts.n_parts + c)*D + i];
+            }
+        }
+        if ((sum == 0) != (sum_got == 0)) {
+            fail("sums of rows that nobody attends to");
+        }
+        for (int i = 0; sum > 0 && i < D; ++i) {
+            error += (got[i]/sum_got - want[i]/sum)*(got[i]/sum_got - want[i]/sum);
+            norm  += want[i]/sum*want[i]/sum;
+        }
+    }
+    printf("exact rows, head_dim %d, %d KV heads, group %d, %d tokens, %d streams, %d values turned%s: error %.2g\n", D, n_head_kv, group, n_tokens, n_stream, n_rot, neox ? ", neox" : "", error/norm);
+    if (!(error <= 1e-10*norm)) {
+        fail("other sums of exact rows");
+    }
+}
+
 int main(int argc, char ** argv) {
+    check_exact< 64>(2, 4, 1, 2, 64,  false, 0.0f);
+    check_exact< 64>(1, 3, 5, 1, 32,  true,  0.0f);
+    check_exact<128>(2, 4, 1, 1, 128, true,  0.0f);
+    check_exact<128>(1, 8, 8, 2, 96,  false, 5.0f);
+    check_exact<256>(1, 2, 3, 1, 128, true,  0.0f);
     for (int i = 1; i < argc; ++i) {
         const order cells = (order) atoi(argv[i]);
         //                             heads group tokens cells  streams smem parts pad softcap
