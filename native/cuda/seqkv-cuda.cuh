@@ -12,7 +12,7 @@ void ggml_cuda_seqkv_attn (ggml_backend_cuda_context & ctx, ggml_tensor * dst, g
 // Runs node i with those after it that go in the same launches. Returns how many of these are done, 0: nothing was run.
 int ggml_cuda_seqkv_fuse(ggml_backend_cuda_context & ctx, const ggml_cgraph * graph, int i);
 
-// Launches what ggml_cuda_seqkv_fuse left for later. At the end of every graph.
+// Launches what ggml_cuda_seqkv_fuse left for later, if the last attention did not, and waits for it. At the end of every graph.
 void ggml_cuda_seqkv_finish(ggml_backend_cuda_context & ctx);
 
 // Keeps alive what is read later.
