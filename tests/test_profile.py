@@ -45,7 +45,7 @@ def test_shipped_profile_is_of_the_default_model_and_found(default_model: Path, 
 
 @pytest.mark.model
 def test_calibration_remakes_the_shipped_profile(default_model: Path, tmp_path: Path) -> None:
-    """Numbers differ in the last bits between processors, and quantized weights amplify that: hence the tolerances."""
+    """Numbers differ in the last bits between processors, and quantized weights amplify that: hence the tolerances (observed: E .05, and .1 where products are AMX's)."""
     with open_model(default_model) as loaded:
         assert loaded.pointer
         made = calibrate.measure(loaded.pointer, default_model, calibrate.default_text(), quality=False)
@@ -60,7 +60,7 @@ def test_calibration_remakes_the_shipped_profile(default_model: Path, tmp_path: 
     for name, value in ours.items():
         if name.endswith("k_encode"):  # E is unique up to a rotation within groups of equal weight, E^T E is unique
             pairs = ((a.T @ a, b.T @ b) for a, b in zip(value, theirs[name]))
-            assert all(np.linalg.norm(a - b) < 0.1 * np.linalg.norm(b) for a, b in pairs), name
+            assert all(np.linalg.norm(a - b) < 0.15 * np.linalg.norm(b) for a, b in pairs), name
         else:
             assert np.linalg.norm(value - theirs[name]) < 0.05 * np.linalg.norm(theirs[name]), name
     fields = [GGUFReader(path).fields for path in (target, SHIPPED)]
