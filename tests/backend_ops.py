@@ -15,8 +15,6 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 CASES = {"SEQKV_FRAME": 6, "SEQKV_STORE": 106, "SEQKV_ATTN": 339}  # at least; ops never run unnoticed with fewer
-
-
 FEW_STREAMS = "^(?!.*n_stream=(4|8|16),)"  # the others are for a kernel that CUDA alone has, and take a CPU long
 
 

@@ -107,7 +107,7 @@ template <int D> static __device__ void frame_row(const seqkv_view & a, int s, i
 }
 
 // Exact rows [j0, j0 + EXACT) of one KV head for queries [q0, q0 + nq), by one warp: plain float arithmetic, a lane D/32 neighbouring values.
-// keys: (EXACT, D) scratch of the warp. early: no kernel before this one that may still run writes what is read here, but for rows of this ubatch
+// keys: (EXACT, D) scratch of the warp. early: no kernel before this one that may still run writes what is read here, but for what is of this ubatch
 template <int D>
 static __device__ void exact_part(const seqkv_view & a, const seqkv_parts & parts, float * keys, int s, int h, int q0, int nq, int j0, int part, bool early) {
     constexpr int V = D/WARP_SIZE, QUERIES = 16/EXACT; // at a time

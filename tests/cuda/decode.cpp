@@ -18,6 +18,31 @@ static constexpr int H100 = 228*1024, SMALL = 99*1024;
 static uint32_t word() { return (uint32_t) rand() << 20 ^ (uint32_t) rand() << 9 ^ rand(); }
 template <class T> static T * aligned(std::vector<T> & x) { return (T *) (((uintptr_t) x.data() + 15) & ~(uintptr_t) 15); }
 
+// the first n parts of a query row, combined, against sums in double: want over sum
+template <int D> static void add_difference(const seqkv_parts & parts, int64_t row, int n, const std::vector<double> & want, double sum, double & error, double & norm) {
+    const float2 * ml  = parts.ml  + row*parts.n_parts;
+    const float  * acc = parts.acc + row*parts.n_parts*D;
+    std::vector<double> got(D);
+    double max = -INFINITY, sum_got = 0;
+    for (int c = 0; c < n; ++c) {
+        max = std::max(max, (double) ml[c].x);
+    }
+    for (int c = 0; c < n; ++c) {
+        const double w = ml[c].x == -INFINITY ? 0.0 : exp(ml[c].x - max);
+        sum_got += w*ml[c].y;
+        for (int i = 0; i < D; ++i) {
+            got[i] += w*acc[c*D + i];
+        }
+    }
+    if ((sum == 0) != (sum_got == 0)) {
+        fail("sums of what nobody attends to");
+    }
+    for (int i = 0; sum > 0 && i < D; ++i) {
+        error += (got[i]/sum_got - want[i]/sum)*(got[i]/sum_got - want[i]/sum);
+        norm  += want[i]/sum*want[i]/sum;
+    }
+}
+
 template <int D, int NT, int KIND> static void check(order cells, bool dense, const shape & x) {
     constexpr int NB = D/64, BITS = KIND ? KIND/2 : 3, GRADED = KIND ? KIND%2 : 1, BLOCK_K = 1 + GRADED + 8*BITS, BLOCK_V = 1 + 8*BITS;
     const int kv_size = x.n_kv + 64, n_frames = kv_size/SEQKV_FRAME + 3, nq = x.n_tokens*x.group, n_chunks = (nq + 4*NT - 1)/(4*NT);
@@ -125,8 +150,8 @@ template <int D, int NT, int KIND> static void check(order cells, bool dense, co
     double error = 0, norm = 0;
     for (int64_t row = 0; row < (int64_t) x.n_stream*x.n_tokens*a.n_head; ++row) {
         const int s = row/(x.n_tokens*a.n_head), t = row/a.n_head%x.n_tokens, head = row%a.n_head, h = head/x.group, iq = t*x.group + head%x.group;
-        std::vector<double> logit(x.n_kv, -INFINITY), want(D), got(D);
-        double max = -INFINITY, sum = 0, max_got = -INFINITY, sum_got = 0;
+        std::vector<double> logit(x.n_kv, -INFINITY), want(D);
+        double max = -INFINITY, sum = 0;
         for (int j = 0; j < x.n_kv; ++j) {
             const int32_t m = meta[s*a.n_virt + j];
             if (m < 0 || mask[(s*a.mask_nb3 + t*a.mask_nb1)/sizeof(half) + j] != (half) 0.0f) {
@@ -165,24 +190,7 @@ template <int D, int NT, int KIND> static void check(order cells, bool dense, co
                 }
             }
         }
-        for (int c = 0; c < parts.n_z; ++c) {
-            max_got = std::max(max_got, (double) ml[row*parts.n_parts + c].x);
-        }
-        for (int c = 0; c < parts.n_z; ++c) {
-            const float2 part = ml[row*parts.n_parts + c];
-            const double w = part.x == -INFINITY ? 0.0 : exp(part.x - max_got);
-            sum_got += w*part.y;
-            for (int i = 0; i < D; ++i) {
-                got[i] += w*acc[(row*parts.n_parts + c)*D + i];
-            }
-        }
-        if ((sum == 0) != (sum_got == 0)) {
-            fail("sums of cells that nobody attends to");
-        }
-        for (int i = 0; sum > 0 && i < D; ++i) {
-            error += (got[i]/sum_got - want[i]/sum)*(got[i]/sum_got - want[i]/sum);
-            norm  += want[i]/sum*want[i]/sum;
-        }
+        add_difference<D>(parts, row, parts.n_z, want, sum, error, norm);
     }
     printf("head_dim %d, %d tiles of queries, kind %d, %d KV heads, group %d, %d tokens, %d cells, order %d: block of %d heads x %d teams, ways %d %d: NMSE %.2g\n", D, NT, KIND,
         x.n_head_kv, x.group, x.n_tokens, x.n_kv, cells, plan.heads, plan.teams, plan.way_k, plan.way_v, error/norm);
@@ -272,8 +280,8 @@ template <int D> static void check_exact(int n_head_kv, int group, int n_tokens,
     double error = 0, norm = 0;
     for (int64_t row = 0; row < (int64_t) n_stream*n_tokens*a.n_head; ++row) {
         const int s = row/(n_tokens*a.n_head), t = row/a.n_head%n_tokens, head = row%a.n_head, h = head/group;
-        std::vector<double> want(D), got(D);
-        double sum = 0, max_got = -INFINITY, sum_got = 0;
+        std::vector<double> want(D);
+        double sum = 0;
         for (int j = a.p.n_kv; j < a.n_virt; ++j) {
             const int32_t m = meta[s*a.n_virt + j];
             const half * exact = a.exact(s, j) + h*D;
@@ -299,24 +307,7 @@ template <int D> static void check_exact(int n_head_kv, int group, int n_tokens,
                 want[i] += p*(double) exact[n_head_kv*D + i];
             }
         }
-        for (int c = 0; c < parts.n_parts; ++c) {
-            max_got = std::max(max_got, (double) ml[row*parts.n_parts + c].x);
-        }
-        for (int c = 0; c < parts.n_parts; ++c) {
-            const float2 part = ml[row*parts.n_parts + c];
-            const double w = part.x == -INFINITY ? 0.0 : exp(part.x - max_got);
-            sum_got += w*part.y;
-            for (int i = 0; i < D; ++i) {
-                got[i] += w*acc[(row*parts.n_parts + c)*D + i];
-            }
-        }
-        if ((sum == 0) != (sum_got == 0)) {
-            fail("sums of rows that nobody attends to");
-        }
-        for (int i = 0; sum > 0 && i < D; ++i) {
-            error += (got[i]/sum_got - want[i]/sum)*(got[i]/sum_got - want[i]/sum);
-            norm  += want[i]/sum*want[i]/sum;
-        }
+        add_difference<D>(parts, row, parts.n_parts, want, sum, error, norm);
     }
     printf("exact rows, head_dim %d, %d KV heads, group %d, %d tokens, %d streams, %d values turned%s: error %.2g\n", D, n_head_kv, group, n_tokens, n_stream, n_rot, neox ? ", neox" : "", error/norm);
     if (!(error <= 1e-10*norm)) {
