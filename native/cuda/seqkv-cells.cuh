@@ -36,18 +36,30 @@ SEQKV_FN float other_value(ggml_type type, const char * src, int i) {
 
 // words of a block's planes and its gains from a byte of raw words
 template <int bits, int graded> SEQKV_FN void read_block(const uint32_t * raw, uint32_t byte, uint32_t & gain, uint32_t (&w)[2*bits]) {
-    const uint32_t at = byte + 1 + graded;
-    gain = raw[byte/4] >> 8*(byte%4);
-    if (graded && byte%4 == 3) {
-        gain = (gain & 255) | raw[byte/4 + 1] << 8;
-    }
-    const uint32_t shift = at%4*8;
-    uint32_t x = raw[at/4];
+    raw += byte/4;
+    uint32_t shift = byte%4*8, x = raw[0];
+    gain = x >> shift;
+    if constexpr (!graded) {
+        shift += 8; // of 32 the next word is the result
 #pragma unroll
-    for (int i = 0; i < 2*bits; ++i) {
-        const uint32_t y = i < 2*bits - 1 || shift ? raw[at/4 + i + 1] : 0;
-        w[i] = __funnelshift_r(x, y, shift);
-        x = y;
+        for (int i = 0; i < 2*bits; ++i) {
+            const uint32_t y = raw[i + 1];
+            w[i] = __funnelshift_rc(x, y, shift);
+            x = y;
+        }
+    } else {
+        if (byte%4 == 3) {
+            gain = (gain & 255) | raw[1] << 8;
+        }
+        raw  += byte%4/2;
+        shift = (byte + 2)%4*8;
+        x = raw[0];
+#pragma unroll
+        for (int i = 0; i < 2*bits; ++i) {
+            const uint32_t y = i < 2*bits - 1 || shift ? raw[i + 1] : 0;
+            w[i] = __funnelshift_r(x, y, shift);
+            x = y;
+        }
     }
 }
 

@@ -312,6 +312,19 @@ SEQKV_FN int warp_max(int x) {
 #endif
 }
 SEQKV_FN int warp_min(int x) { return ~warp_max(~x); }
+SEQKV_FN int warp_sum(int x) {
+#if __CUDA_ARCH__ >= 800
+    return __reduce_add_sync(0xffffffff, x);
+#else
+    for (int i = WARP_SIZE/2; i > 0; i /= 2) {
+        x += __shfl_xor_sync(0xffffffff, x, i);
+    }
+    return x;
+#endif
+}
+
+// A value that stays in its register, where the compiler would rather compute it again each time
+SEQKV_FN void keep(int & x) { asm volatile("" : "+r"(x)); }
 
 static constexpr __host__ __device__ int step_keys(int d) { return d == 64 ? 32 : 16; } // keys unpacked at a time
 static constexpr __host__ __device__ int max_nt   (int d) { return d == 256 ? 2 : 4; }  // tiles of 4 queries of a block
@@ -341,16 +354,11 @@ template <int D, int NT, int KIND> struct warp_smem {
 
 // How a block is made: teams of warps, one for each of its KV heads. A team has tiles of its own; rows are copied for all of its heads at once,
 // since those of one head are a few bytes here and there.
-enum copy_way {
-    ONE_PIECE, // rows of all heads, as they lie
-    BY_16,     // each row, which keeps its place in 16 bytes
-    BY_WORDS,  // ... in 4
-};
 struct block_plan {
-    int heads, teams;     // KV heads of a block, teams
-    int pitch_k, pitch_v; // bytes of a row in shared memory
-    int ring;             // bytes of a team: K 0, K 1, V 0, V 1 of a tile, ROWS rows each
-    copy_way way_k, way_v;
+    int  heads, teams;     // KV heads of a block, teams
+    int  pitch_k, pitch_v; // bytes of a row in shared memory
+    int  ring;             // bytes of a team: K 0, K 1, V 0, V 1 of a tile, ROWS rows each
+    bool whole_k, whole_v; // rows of all KV heads, copied in one piece as they lie; otherwise each by itself, which keeps its place in 16 bytes
 };
 static constexpr int ROWS = TILE/2; // copied at a time
 
@@ -386,8 +394,11 @@ static __global__ void __launch_bounds__(max_warps(D, NT)*WARP_SIZE, 1) decode_k
 
     // pieces 0..3 of a tile: K 0, K 1, V 0, V 1
     uint64_t * barrier = barriers[team];
-    uint32_t phase = 0; // of the barriers, a bit each: those that pieces are there, and from bit 4 that they are done with
-    const auto piece_at = [&](int piece) { return ring + (piece < 2 ? piece*ROWS*plan.pitch_k : ROWS*(2*plan.pitch_k + (piece - 2)*plan.pitch_v)); };
+    uint32_t turn_k = 0, turn_v = 0; // of the barriers of keys and of values: parity of the phase that this tile's pieces are there
+    int fills = bulk_copies ? 0 : 15; // pieces that this warp copies (its share of them, if these are no bulk copies), a bit each
+    for (int piece = local; bulk_copies && piece < 4; piece += plan.heads) {
+        fills |= 1 << piece;
+    }
     const auto team_barrier = [&]() { // before compute capability 8.0
         if (plan.heads == 1) {
             __syncwarp();
@@ -395,83 +406,58 @@ static __global__ void __launch_bounds__(max_warps(D, NT)*WARP_SIZE, 1) decode_k
             named_barrier(team + 1, plan.heads*WARP_SIZE); // at most 8 teams; 0 is that of the block
         }
     };
-    // rows of a piece, once all warps of the team are done with those before
-    const auto fill = [&](int piece, int tile, bool first) {
-        if (tile >= tile1 || (bulk_copies && piece%plan.heads != local)) { // bulk copies are the work of one warp
+    // rows of a piece, once all warps of the team are done with those before; parity: of the phase that they are. Tensors end at multiples of 16 bytes
+    const auto fill = [&](int piece, int tile, bool first, uint32_t parity) {
+        if (tile >= tile1 || !(fills >> piece & 1)) {
             return;
         }
         if (!first) {
             if constexpr (async_barriers) {
-                barrier_wait(barrier + 4 + piece, phase >> (4 + piece) & 1);
-                phase ^= 16 << piece;
+                barrier_wait(barrier + 4 + piece, parity);
             } else {
                 team_barrier();
             }
         }
-        const bool   key  = piece < 2;
-        const int    j0   = tile*TILE + (piece & 1)*ROWS, n = max(0, min(ROWS, a.p.n_kv - j0));
-        const int    way  = key ? plan.way_k : plan.way_v, pitch = key ? plan.pitch_k : plan.pitch_v;
-        const int    nb1  = (int) (key ? a.k_nb1 : a.v_nb1), size = plan.heads*(key ? a.size_k : a.size_v);
-        const char * src  = key ? a.cell_k(s, j0, h0) : a.cell_v(s, j0, h0);
-        char       * dst  = piece_at(piece);
-        if (bulk_copies && way != BY_WORDS) {
-            const bool one   = way == ONE_PIECE;
-            const int  skew  = (int) (uintptr_t) src & 15;
-            const int  bytes = one ? n*nb1 & ~15 : (skew + size + 15) & ~15;
+        const bool   key   = piece < 2, whole = key ? plan.whole_k : plan.whole_v;
+        const int    j0    = tile*TILE + (piece & 1)*ROWS, n = max(0, min(ROWS, a.p.n_kv - j0));
+        const int    pitch = key ? plan.pitch_k : plan.pitch_v;
+        const int    nb1   = (int) (key ? a.k_nb1 : a.v_nb1), size = plan.heads*(key ? a.size_k : a.size_v);
+        const char * src   = key ? a.cell_k(s, j0, h0) : a.cell_v(s, j0, h0);
+        char       * dst   = ring + (key ? 0 : 2*ROWS*plan.pitch_k) + (piece & 1)*ROWS*pitch;
+        if constexpr (bulk_copies) { // lane 0 all rows, or each lane one
+            const char * row   = whole ? src : src + (int64_t) lane*nb1;
+            const int    skew  = (int) (uintptr_t) row & 15;
+            const int    bytes = ((whole ? (lane == 0 ? n*nb1 : 0) : lane < n ? skew + size : 0) + 15) & ~15;
+            const int    all   = whole ? bytes : warp_sum(bytes);
             if (lane == 0) {
-                for (int i = bytes; one && i < n*nb1; ++i) {
-                    dst[i] = src[i];
-                }
-                barrier_arrive_expect(barrier + piece, one ? bytes : n*bytes);
+                barrier_arrive_expect(barrier + piece, all);
             }
             __syncwarp();
-            if (one ? lane == 0 && bytes > 0 : lane < n) {
-                bulk_copy(one ? dst : dst + lane*pitch, one ? src : src + (int64_t) lane*nb1 - skew, bytes, barrier + piece);
+            if (bytes > 0) {
+                bulk_copy(dst + lane*pitch, row - skew, bytes, barrier + piece);
             }
             __syncwarp();
-            return;
-        }
-        const int first_warp = bulk_copies ? 0 : local, warps = bulk_copies ? 1 : plan.heads;
-        if (way == ONE_PIECE) {
-#pragma unroll 4
-            for (int i = 16*(first_warp*WARP_SIZE + lane); i + 16 <= n*nb1; i += 16*WARP_SIZE*warps) {
-                copy_async16(dst + i, src + i);
-            }
-            if (first_warp == 0 && lane == 0) {
-                for (int i = n*nb1 & ~15; i < n*nb1; ++i) {
-                    dst[i] = src[i];
-                }
-            }
         } else {
-            const int step = way == BY_16 ? 16 : 4;
-            for (int r = first_warp; r < n; r += warps) {
-                const char * row = src + (int64_t) r*nb1;
-                const int    at  = (int) (uintptr_t) row & (step - 1);
-                for (int i = step*lane; i < at + size; i += step*WARP_SIZE) {
-                    if (way == BY_16) {
-                        copy_async16(dst + r*pitch + i, row + i - at);
-                    } else {
-                        copy_async4(dst + r*pitch + i, row + i - at);
+            if (whole) {
+#pragma unroll 4
+                for (int i = 16*(local*WARP_SIZE + lane); i < n*nb1; i += 16*WARP_SIZE*plan.heads) {
+                    copy_async16(dst + i, src + i);
+                }
+            } else {
+                for (int r = local; r < n; r += plan.heads) {
+                    const char * row  = src + (int64_t) r*nb1;
+                    const int    skew = (int) (uintptr_t) row & 15;
+                    for (int i = 16*lane; i < skew + size; i += 16*WARP_SIZE) {
+                        copy_async16(dst + r*pitch + i, row - skew + i);
                     }
                 }
             }
-        }
-        if constexpr (bulk_copies) { // one thread arrives for all
-            copy_commit();
-            copy_wait();
-            __syncwarp();
-            if (lane == 0) {
-                barrier_arrive(barrier + piece);
-            }
-            __syncwarp();
-        } else {
             barrier_arrive_copied(barrier + piece);
         }
     };
     const auto wait_for = [&](int piece) {
         if constexpr (async_barriers) {
-            barrier_wait(barrier + piece, phase >> piece & 1);
-            phase ^= 1 << piece;
+            barrier_wait(barrier + piece, piece < 2 ? turn_k : turn_v);
         } else {
             team_barrier();
         }
@@ -482,12 +468,17 @@ static __global__ void __launch_bounds__(max_warps(D, NT)*WARP_SIZE, 1) decode_k
         }
         __syncwarp();
     };
-    // byte of row r's cell in its piece, block b
-    const auto begin_of = [&](bool key, int tile, int piece, int r, int b) {
-        const int way = key ? plan.way_k : plan.way_v, j = way == BY_16 ? 0 : tile*TILE + (piece & 1)*ROWS + r;
-        const int at  = way == ONE_PIECE ? 0 : (int) (uintptr_t) (key ? a.cell_k(s, j, h0) : a.cell_v(s, j, h0)) & (way == BY_16 ? 15 : 3);
-        return r*(key ? plan.pitch_k : plan.pitch_v) + at + local*(key ? a.size_k : a.size_v) + b*(key ? block_k : block_v);
+    // Bytes of the ring: what this lane unpacks of the first step of keys and of values, and the gain of its first value. Rows of a step begin at
+    // multiples of 16 of the virtual axis, so their places in 16 bytes are those of the first ones.
+    const auto begin_of = [&](const char * row, int r, int pitch, bool whole, int size) {
+        return r*pitch + (whole ? 0 : (int) (uintptr_t) row & 15) + local*size;
     };
+    int begin_k = begin_of(a.cell_k(s, lane%KEYS, h0), lane%KEYS, plan.pitch_k, plan.whole_k, a.size_k) + lane/KEYS*block_k;
+    int begin_v = 2*ROWS*plan.pitch_k + begin_of(a.cell_v(s, lane%KEYSV, h0), lane%KEYSV, plan.pitch_v, plan.whole_v, a.size_v) + (VB == 1 ? 0 : lane/KEYSV)*block_v;
+    int begin_g = 2*ROWS*plan.pitch_k + begin_of(a.cell_v(s, lane, h0), lane, plan.pitch_v, plan.whole_v, a.size_v);
+    keep(begin_k);
+    keep(begin_v);
+    keep(begin_g);
     if (threadIdx.x < 8*plan.teams) {
         barrier_init(&barriers[threadIdx.x/8][threadIdx.x%8], threadIdx.x%8 >= 4 ? plan.heads : bulk_copies ? 1 : plan.heads*WARP_SIZE);
     }
@@ -526,7 +517,7 @@ static __global__ void __launch_bounds__(max_warps(D, NT)*WARP_SIZE, 1) decode_k
             for (int b = 0; b < NB; ++b) {
                 digits[n][b] = used ? from[(n*NB + b)*WARP_SIZE] : make_uint4(0, 0, 0, 0);
             }
-            scale[n] = q0 + 4*n + t < nq ? (f.scale + (uint64_t) index*(uint32_t) (4*f.n4))[q0 + 4*n + t] : 0.0f;
+            scale[n] = q0 + 4*n + t < nq ? scale2*(f.scale + (uint64_t) index*(uint32_t) (4*f.n4))[q0 + 4*n + t] : 0.0f;
         }
         pred = f.pred + (uint64_t) index*(uint32_t) (4*f.n4*SEQKV_FRAME) + (q0 + t)*SEQKV_FRAME;
         at   = origin;
@@ -552,7 +543,7 @@ static __global__ void __launch_bounds__(max_warps(D, NT)*WARP_SIZE, 1) decode_k
     const int first_tile = tile0 + team;
 #pragma unroll 1
     for (int piece = 0; piece < 4; ++piece) {
-        fill(piece, first_tile, true);
+        fill(piece, first_tile, true, 0);
     }
     load_meta(first_tile);
     load_level_tables(BITS ? BITS : a.bits_k, BITS ? GRADED : a.graded_k, bits_v, sm.tables, TABLE_K, smem_t::TABLE_V, lane, WARP_SIZE);
@@ -590,8 +581,10 @@ static __global__ void __launch_bounds__(max_warps(D, NT)*WARP_SIZE, 1) decode_k
             }
 #pragma unroll 1
             for (int piece = 0; piece < 2; ++piece) {
-                fill(piece, tile + plan.teams, false);
+                fill(piece, tile + plan.teams, false, turn_k);
             }
+            turn_k ^= 1;
+            turn_v ^= there/4;
             continue;
         }
         const bool one_origin = first == last;
@@ -605,32 +598,26 @@ static __global__ void __launch_bounds__(max_warps(D, NT)*WARP_SIZE, 1) decode_k
             wait_for(half);
 #pragma unroll (AT_ONCE)
             for (int sub = 0; sub < ROWS; sub += KEYS) {
-                int   c2[MT][2], o2[MT][2]; // keys g and g + 8 of each 16: cell, origin, and predictions if there is one origin
-                float pred2[NT][MT][2];
+                int   c2[MT][2];      // cells of keys g and g + 8 of each 16
+                float pred2[NT][MT][2]; // their predictions if there is one origin, long before they are needed
 #pragma unroll
                 for (int mt = 0; mt < MT; ++mt) {
 #pragma unroll
                     for (int e = 0; e < 2; ++e) {
-                        const int from = sub + 16*mt + g + 8*e;
-                        c2[mt][e] = 0;
-                        o2[mt][e] = first;
                         if (dense || !one_origin) {
-                            c2[mt][e] = __shfl_sync(0xffffffff, half ? cell[1] : cell[0], from);
-                        }
-                        if (!one_origin) {
-                            o2[mt][e] = c2[mt][e] >> 8 ? meta[tile*TILE + half*ROWS + from] >> 8 : -1;
+                            c2[mt][e] = __shfl_sync(0xffffffff, half ? cell[1] : cell[0], sub + 16*mt + g + 8*e);
                         }
 #pragma unroll
                         for (int n = 0; n < NT; ++n) {
-                            pred2[n][mt][e] = dense ? pred[4*n*SEQKV_FRAME + (c2[mt][e] & 63)] : 0.0f;
+                            pred2[n][mt][e] = dense && one_origin ? pred[4*n*SEQKV_FRAME + (c2[mt][e] & 63)] : 0.0f;
                         }
                     }
                 }
 #pragma unroll 1
                 for (int pass = 0; pass < KEYS*NB/WARP_SIZE; ++pass) {
                     const int key = lane%KEYS, b = lane/KEYS + pass*(WARP_SIZE/KEYS);
-                    const uint32_t * raw = (const uint32_t *) piece_at(half);
-                    const int begin = begin_of(true, tile, half, sub + key, b);
+                    const uint32_t * raw = (const uint32_t *) (ring + (half*ROWS + sub)*plan.pitch_k);
+                    const int begin = begin_k + pass*(WARP_SIZE/KEYS)*block_k;
                     uint32_t out[16];
                     float    factor[3];
                     if constexpr (BITS) {
@@ -653,98 +640,105 @@ static __global__ void __launch_bounds__(max_warps(D, NT)*WARP_SIZE, 1) decode_k
                     if (half == 0 && tile != first_tile) { // other warps are done with the values before
 #pragma unroll 1
                         for (int piece = 2; piece < 4; ++piece) {
-                            fill(piece, tile, false);
+                            fill(piece, tile, false, turn_v ^ 1);
                         }
                     }
                 }
 
-#pragma unroll
-                for (int mt = 0; mt < MT; ++mt) {
-                    const int j0 = half*ROWS + sub + 16*mt; // of the tile
-                    float2 score[NT];
+                // <levels, digits> by gain, of keys g and g + 8
+                const auto products = [&](int mt, float (&sum)[NT][2]) {
 #pragma unroll
                     for (int n = 0; n < NT; ++n) {
-                        score[n] = make_float2(-INFINITY, -INFINITY);
+                        sum[n][0] = sum[n][1] = 0.0f;
                     }
-                    int o = first;
-                    while (true) {
-                        if (!one_origin) { // the next origin of these keys
-                            int next = INT_MAX;
-                            if (o2[mt][0] >= o) { next = o2[mt][0]; }
-                            if (o2[mt][1] >= o) { next = min(next, o2[mt][1]); }
+#pragma unroll
+                    for (int b = 0; b < NB; ++b) {
+                        uint32_t k0[4], k1[4];
+                        const int8_t * row = sm.level + (16*mt + lane%16)*LDK + 64*b + lane/16*16;
+                        load_a(k0, row);
+                        load_a(k1, row + 32);
+                        float2 gain[GROUPS];
+#pragma unroll
+                        for (int i = 0; i < GROUPS; ++i) {
+                            gain[i] = *(const float2 *) (sm.gain_k + (GROUPS*b + i)*KEYS + 16*mt + 2*g);
+                        }
+#pragma unroll
+                        for (int n = 0; n < NT; ++n) {
+                            int c[GROUPS][4] = {{ 0 }};
+                            if constexpr (GROUPS == 1) {
+                                mma_s8_k32(c[0], k0, digits[n][b].x, digits[n][b].y);
+                            } else {
+                                mma_s8_k16(c[0], k0,     digits[n][b].x);
+                                mma_s8_k16(c[1], k0 + 2, digits[n][b].y);
+                            }
+                            mma_s8_k32(c[GROUPS - 1], k1, digits[n][b].z, digits[n][b].w);
+#pragma unroll
+                            for (int i = 0; i < GROUPS; ++i) {
+                                sum[n][0] += gain[i].x*(float) (256*c[i][0] + c[i][1]);
+                                sum[n][1] += gain[i].y*(float) (256*c[i][2] + c[i][3]);
+                            }
+                        }
+                    }
+                };
+                float2 * scores = sm.score + (half*ROWS + sub)/16*WARP_SIZE + lane; // 16 keys after the other, 4 of each n
+                if (one_origin) {
+#pragma unroll
+                    for (int mt = 0; mt < MT; ++mt) {
+                        float sum[NT][2];
+                        products(mt, sum);
+#pragma unroll
+                        for (int n = 0; n < NT; ++n) {
+                            scores[(4*n + mt)*WARP_SIZE] = make_float2(scale[n]*sum[n][0] + scale2*pred2[n][mt][0], scale[n]*sum[n][1] + scale2*pred2[n][mt][1]);
+                        }
+                    }
+                } else {
+#pragma unroll 1
+                    for (int mt = 0; mt < MT; ++mt) {
+                        int cell2[2], origin2[2];
+#pragma unroll
+                        for (int e = 0; e < 2; ++e) {
+                            const int from = sub + 16*mt + g + 8*e;
+                            cell2  [e] = MT == 1 || mt == 0 ? c2[0][e] : c2[MT - 1][e];
+                            origin2[e] = cell2[e] >> 8 ? meta[tile*TILE + half*ROWS + from] >> 8 : -1;
+                        }
+                        int o = first;
+                        while (true) {
+                            int next = INT_MAX; // the next origin of these keys
+                            if (origin2[0] >= o) { next = origin2[0]; }
+                            if (origin2[1] >= o) { next = min(next, origin2[1]); }
                             next = warp_min(next);
                             if (next == INT_MAX) {
                                 break;
                             }
                             o = next;
-                        }
-                        if (!one_origin) {
                             if (at != o) {
                                 load_queries(o);
                             }
+                            float sum[NT][2];
+                            products(mt, sum);
 #pragma unroll
                             for (int n = 0; n < NT; ++n) {
 #pragma unroll
                                 for (int e = 0; e < 2; ++e) {
-                                    pred2[n][mt][e] = dense ? pred[4*n*SEQKV_FRAME + (c2[mt][e] & 63)] : 0.0f;
+                                    if (origin2[e] == o) {
+                                        const float x = scale[n]*sum[n][e] + (dense ? scale2*pred[4*n*SEQKV_FRAME + (cell2[e] & 63)] : 0.0f);
+                                        float2 & score = scores[(4*n + mt)*WARP_SIZE];
+                                        (e ? score.y : score.x) = x;
+                                    }
                                 }
                             }
-                        }
-                        float sum[NT][2];
-#pragma unroll
-                        for (int n = 0; n < NT; ++n) {
-                            sum[n][0] = sum[n][1] = 0.0f;
-                        }
-#pragma unroll
-                        for (int b = 0; b < NB; ++b) {
-                            uint32_t k0[4], k1[4];
-                            const int8_t * row = sm.level + (16*mt + lane%16)*LDK + 64*b + lane/16*16;
-                            load_a(k0, row);
-                            load_a(k1, row + 32);
-                            float2 gain[GROUPS];
-#pragma unroll
-                            for (int i = 0; i < GROUPS; ++i) {
-                                gain[i] = *(const float2 *) (sm.gain_k + (GROUPS*b + i)*KEYS + 16*mt + 2*g);
+                            if (o == last) {
+                                break;
                             }
-#pragma unroll
-                            for (int n = 0; n < NT; ++n) {
-                                int c[GROUPS][4] = {{ 0 }};
-                                if constexpr (GROUPS == 1) {
-                                    mma_s8_k32(c[0], k0, digits[n][b].x, digits[n][b].y);
-                                } else {
-                                    mma_s8_k16(c[0], k0,     digits[n][b].x);
-                                    mma_s8_k16(c[1], k0 + 2, digits[n][b].y);
-                                }
-                                mma_s8_k32(c[GROUPS - 1], k1, digits[n][b].z, digits[n][b].w);
-#pragma unroll
-                                for (int i = 0; i < GROUPS; ++i) {
-                                    sum[n][0] += gain[i].x*(float) (256*c[i][0] + c[i][1]);
-                                    sum[n][1] += gain[i].y*(float) (256*c[i][2] + c[i][3]);
-                                }
-                            }
+                            ++o;
                         }
-#pragma unroll
-                        for (int n = 0; n < NT; ++n) {
-                            const float x = scale2*(scale[n]*sum[n][0] + pred2[n][mt][0]);
-                            const float y = scale2*(scale[n]*sum[n][1] + pred2[n][mt][1]);
-                            score[n].x = o2[mt][0] == o ? x : score[n].x;
-                            score[n].y = o2[mt][1] == o ? y : score[n].y;
-                        }
-                        if (one_origin || o == last) {
-                            break;
-                        }
-                        ++o;
-                    }
-#pragma unroll
-                    for (int n = 0; n < NT; ++n) {
-                        sm.score[(n*4 + j0/16)*WARP_SIZE + lane] = score[n];
                     }
                 }
                 __syncwarp(); // levels and gains are done with
             }
         }
 
-        fill(0, tile + plan.teams, false);
+        fill(0, tile + plan.teams, false, turn_k);
 
         // gains of the values
         wait_for(2);
@@ -755,7 +749,7 @@ static __global__ void __launch_bounds__(max_warps(D, NT)*WARP_SIZE, 1) decode_k
             int gain[2];
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
-                gain[i] = (uint8_t) piece_at(2 + i)[begin_of(false, tile, 2 + i, lane, b)];
+                gain[i] = (uint8_t) ring[begin_g + i*ROWS*plan.pitch_v + b*block_v];
                 gain[i] = cell[i] >> 8 ? gain[i] : 0;
             }
             const int largest = warp_max(max(gain[0], gain[1]));
@@ -767,7 +761,7 @@ static __global__ void __launch_bounds__(max_warps(D, NT)*WARP_SIZE, 1) decode_k
         }
 
         // softmax; the scores are read before p is written over them
-        const uint32_t ballot[2] = { __ballot_sync(0xffffffff, cell[0] >> 8) >> g, __ballot_sync(0xffffffff, cell[1] >> 8) >> g };
+        const uint32_t ballot[2] = { __ballot_sync(0xffffffff, cell[0] >> 8), __ballot_sync(0xffffffff, cell[1] >> 8) };
         float p[NT][4][2], f_old[NT];
 #pragma unroll
         for (int n = 0; n < NT; ++n) {
@@ -785,9 +779,11 @@ static __global__ void __launch_bounds__(max_warps(D, NT)*WARP_SIZE, 1) decode_k
                 }
             }
             if (a.n_tokens == 1) {
+                if ((ballot[0] & ballot[1]) != 0xffffffff) {
 #pragma unroll
-                for (int i = 0; i < 8; ++i) {
-                    p[n][i/2][i%2] = ballot[i/4] >> (16*(i/2%2) + 8*(i%2)) & 1 ? p[n][i/2][i%2] : -INFINITY;
+                    for (int i = 0; i < 8; ++i) {
+                        p[n][i/2][i%2] = ballot[i/4] >> (16*(i/2%2) + 8*(i%2)) >> g & 1 ? p[n][i/2][i%2] : -INFINITY;
+                    }
                 }
             } else {
 #pragma unroll
@@ -853,8 +849,8 @@ static __global__ void __launch_bounds__(max_warps(D, NT)*WARP_SIZE, 1) decode_k
 #pragma unroll 1
             for (int j = 0; j < TILE; j += KEYSV) {
                 const int key = lane%KEYSV, b = VB == 1 ? 0 : lane/KEYSV;
-                const uint32_t * raw = (const uint32_t *) piece_at(2 + j/ROWS);
-                const int begin = begin_of(false, tile, 2 + j/ROWS, j%ROWS + key, b0 + b);
+                const uint32_t * raw = (const uint32_t *) (ring + j*plan.pitch_v);
+                const int begin = begin_v + b0*block_v;
                 uint32_t out[16];
                 if constexpr (BITS) {
                     decode_levels<BITS, 0, true>(raw, begin, sm.tables + TABLE_K, out);
@@ -905,7 +901,9 @@ static __global__ void __launch_bounds__(max_warps(D, NT)*WARP_SIZE, 1) decode_k
         }
         done_with(2);
         done_with(3);
-        fill(1, tile + plan.teams, false);
+        fill(1, tile + plan.teams, false, turn_k);
+        turn_k ^= 1;
+        turn_v ^= 1;
     }
 
     merge_warps<D, NT, max_warps(D, NT)>(a, parts, (float *) smem_raw, m, l, acc, s, h0, plan.heads, plan.heads*plan.teams, q0, blockIdx.x);
@@ -918,32 +916,24 @@ static constexpr size_t static_smem(int d, int nt) { return max_warps(d, nt)*(8*
 template <int D, int NT, int KIND> static block_plan plan_block(const seqkv_view & a, size_t smem_max, size_t & smem) {
     using smem_t = warp_smem<D, NT, KIND>;
     block_plan best = {};
-    bool best_words = true;
     for (int heads = std::min(max_warps(D, NT), a.p.n_head_kv); heads > 0; --heads) {
         if (a.p.n_head_kv%heads != 0) {
             continue;
         }
         block_plan plan = {};
         plan.heads = heads;
-        const auto rows = [&](const char * cells, int64_t nb1, int64_t nb2, int size, int & pitch, copy_way & way) {
-            if (heads == a.p.n_head_kv && nb1 == (int64_t) size*heads && (((uintptr_t) cells | nb2) & 15) == 0) {
-                pitch = (int) nb1;
-                way   = ONE_PIECE;
-            } else {
-                way   = ((nb1 | nb2) & 15) == 0 ? BY_16 : BY_WORDS;
-                pitch = 16*(((way == BY_16 ? 15 : 3) + size*heads + 15)/16 | 1); // an odd number of 16 bytes: fewer conflicts
-            }
+        const auto rows = [&](const char * cells, int64_t nb1, int64_t nb2, int size, int & pitch, bool & whole) {
+            whole = heads == a.p.n_head_kv && nb1 == (int64_t) size*heads && (((uintptr_t) cells | nb2) & 15) == 0;
+            pitch = whole ? (int) nb1 : 16*((15 + size*heads + 15)/16 | 1); // an odd number of 16 bytes: fewer conflicts
         };
-        rows(a.k, a.k_nb1, a.k_nb2, a.size_k, plan.pitch_k, plan.way_k);
-        rows(a.v, a.v_nb1, a.v_nb2, a.size_v, plan.pitch_v, plan.way_v);
-        const bool words = plan.way_k == BY_WORDS || plan.way_v == BY_WORDS;
+        rows(a.k, a.k_nb1, a.k_nb2, a.size_k, plan.pitch_k, plan.whole_k);
+        rows(a.v, a.v_nb1, a.v_nb2, a.size_v, plan.pitch_v, plan.whole_v);
         plan.ring  = (2*ROWS*(plan.pitch_k + plan.pitch_v) + 31)/16*16; // and some words that are read behind the last row
         const size_t team = std::max(heads*sizeof(smem_t) + plan.ring, heads*4*NT*merge_pitch(D)*sizeof(float));
         plan.teams = std::min(max_warps(D, NT)/heads, (int) (smem_max/team));
-        if (plan.teams > 0 && (best_words || !words) && (plan.teams*heads > best.teams*best.heads || (best_words && !words))) {
-            best       = plan;
-            best_words = words;
-            smem       = plan.teams*team;
+        if (plan.teams > 0 && plan.teams*heads > best.teams*best.heads) {
+            best = plan;
+            smem = plan.teams*team;
         }
     }
     GGML_ASSERT(best.teams > 0);

@@ -101,9 +101,9 @@ template <int B, int k, int h, class T> SEQKV_UNPACK uint32_t seqkv_look_up(uint
     }
 }
 
-// Selectors of 32 values: nibble i of n[k] = bits 4*i + k of p0, p1, p2, p3
-SEQKV_UNPACK void seqkv_selectors(uint32_t p0, uint32_t p1, uint32_t p2, uint32_t p3, uint32_t (&n)[4]) {
-    const uint32_t a = seqkv_choose(0x55555555, p0, p1 << 1), b = seqkv_choose(0x55555555, p0 >> 1, p1);
+// Selectors of 32 values: nibble i of n[k] = bits 4*i + k of p0, p1, p2, p3; half: p0 >> 1 without its top bit
+SEQKV_UNPACK void seqkv_selectors(uint32_t p0, uint32_t half, uint32_t p1, uint32_t p2, uint32_t p3, uint32_t (&n)[4]) {
+    const uint32_t a = seqkv_choose(0x55555555, p0, p1 << 1), b = seqkv_choose(0x55555555, half, p1);
     const uint32_t c = seqkv_choose(0x55555555, p2, p3 << 1), d = seqkv_choose(0x55555555, p2 >> 1, p3);
     n[0] = seqkv_choose(0x33333333, a, c << 2);
     n[1] = seqkv_choose(0x33333333, b, d << 2);
@@ -125,7 +125,8 @@ template <int B, int h, class T> SEQKV_UNPACK void seqkv_levels_prmt(const uint3
 }
 
 // ... of 32 values of B0 bits in the low and B1 <= B0 in the high half; where these are not the same, planes above B1 are 0 in the high half.
-template <int B0, int B1, class T0, class T1> SEQKV_UNPACK void seqkv_levels_32(uint32_t (&q)[7], const T0 & t0, const T1 & t1, uint32_t * out) {
+// half: q[0] >> 1 without its top bit
+template <int B0, int B1, class T0, class T1> SEQKV_UNPACK void seqkv_levels_32(uint32_t (&q)[7], uint32_t half, const T0 & t0, const T1 & t1, uint32_t * out) {
     static_assert(B0 == B1 || B0 == B1 + 2, "both halves, or a graded block");
     constexpr uint32_t low = B0 == B1 ? 0xffffffff : 0xffff;
     uint32_t minus = 0;
@@ -140,12 +141,13 @@ template <int B0, int B1, class T0, class T1> SEQKV_UNPACK void seqkv_levels_32(
                 q[j] ^= minus;
             }
         }
+        half = q[0] >> 1;
     }
     // nibbles: of 3 and more bits planes 0, 1, 3, and 2 in the top bit
     const uint32_t p2 = B0 < 3 ? q[2] : B1 == 2 ? q[3] | (q[2] & ~low) : q[3];
     const uint32_t p3 = B0 < 3 ? 0    : B1 == 2 ? q[2] & low           : q[2];
     uint32_t n[4];
-    seqkv_selectors(q[0], q[1], p2, p3, n);
+    seqkv_selectors(q[0], half, q[1], p2, p3, n);
     seqkv_levels_prmt<B0, 0>(n, q, minus, t0, out);
     seqkv_levels_prmt<B1, 1>(n, q, minus, t1, out + 4);
 }
@@ -158,30 +160,32 @@ SEQKV_UNPACK void seqkv_unpack_block(const uint32_t * w, const T0 & t0, const T1
     const uint32_t lo = w[0];
     const uint32_t hi = path64 ? w[1] : 0;
     constexpr uint32_t m1 = graded ? 0xfffeffff : 0xffffffff, m2 = graded ? 0xfffcffff : 0xffffffff, m3 = graded ? 0xfff8ffff : 0xffffffff;
-    uint32_t q[7] = { 0 };
+    uint32_t q[7] = { 0 }, half = lo << 1 & m1;
     q[0] = lo << 2 & m2;
-    q[1] = lo ^ (lo << 1 & m1) ^ (lo << 3 & m3);
+    q[1] = lo ^ half ^ (lo << 3 & m3);
     for (int j = 1; j < bits; ++j) {
         q[j + 1] = w[2*j];
     }
     if constexpr (!graded) {
-        seqkv_levels_32<bits, bits>(q, t0, t0, out);
+        seqkv_levels_32<bits, bits>(q, half, t0, t0, out);
+        half = hi << 1 | lo >> 31;
         q[0] = hi << 2 | lo >> 30;
-        q[1] = hi ^ (hi << 1 | lo >> 31) ^ (hi << 3 | lo >> 29);
+        q[1] = hi ^ half ^ (hi << 3 | lo >> 29);
         for (int j = 1; j < bits; ++j) {
             q[j + 1] = w[2*j + 1];
         }
-        seqkv_levels_32<bits, bits>(q, t0, t0, out + 8);
+        seqkv_levels_32<bits, bits>(q, half, t0, t0, out + 8);
     } else {
         q[bits + 1] = w[2*bits - 1] & 0xffff;
         q[bits + 2] = w[2*bits - 1] >> 16;
-        seqkv_levels_32<bits + 2, bits>(q, t0, t1, out);
+        seqkv_levels_32<bits + 2, bits>(q, half, t0, t1, out);
+        half = hi << 1;
         q[0] = hi << 2;
-        q[1] = hi ^ hi << 1 ^ hi << 3;
+        q[1] = hi ^ half ^ hi << 3;
         q[2] = 0;
         for (int j = 1; j < bits - 1; ++j) {
             q[j + 1] = w[2*j + 1];
         }
-        seqkv_levels_32<bits - 1, bits - 1>(q, t2, t2, out + 8);
+        seqkv_levels_32<bits - 1, bits - 1>(q, half, t2, t2, out + 8);
     }
 }

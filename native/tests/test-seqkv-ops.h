@@ -43,7 +43,7 @@ struct test_seqkv : public test_case {
         op(op), type_k(type_k), type_v(type_v), dk(dk), dv(dv), n_head_kv(n_head_kv), group(group), n_kv(n_kv), n_win(n_win),
         n_tokens(n_tokens), n_stream(n_stream), order(order), profile(profile), sinks(sinks), neox(neox), n_rot(n_rot ? n_rot : dk), softcap(softcap) {}
 
-    static constexpr int64_t n_frames = 64;
+    int64_t n_frames() const { return mode == MODE_PERF ? (n_kv + n_win + n_tokens)/SEQKV_FRAME + 1 : 64; }
 
     ggml_tensor * build_graph(ggml_context * ctx) override {
         const int64_t row    = n_head_kv*(dk + dv);
@@ -63,7 +63,7 @@ struct test_seqkv : public test_case {
 
         const auto named = [](ggml_tensor * t, const char * name) { ggml_set_name(t, name); return t; };
 
-        ggml_tensor * rot  = named(ggml_new_tensor_3d(ctx, GGML_TYPE_F32, n_rot, SEQKV_FRAME + n_frames, 2), "rot");
+        ggml_tensor * rot  = named(ggml_new_tensor_3d(ctx, GGML_TYPE_F32, n_rot, SEQKV_FRAME + n_frames(), 2), "rot");
         ggml_tensor * meta = named(ggml_new_tensor_2d(ctx, GGML_TYPE_I32, n_virt, n_stream), "meta");
 
         ggml_tensor * out = nullptr;
@@ -145,8 +145,8 @@ struct test_seqkv : public test_case {
                 std::vector<int32_t> data(ggml_nelements(t));
                 for (int64_t j = 0; j < (int64_t) data.size(); ++j) {
                     const int64_t c = order == SCRAMBLED ? rng()%4096 : (j%t->ne[0] + (order == SHIFTED ? 21 : 0));
-                    data[j] = (SEQKV_FRAME + c/64%n_frames) << 8 | c%64;
-                    if (j%t->ne[0] < n_kv && rng()%16 == 0) {
+                    data[j] = (SEQKV_FRAME + c/64%n_frames()) << 8 | c%64;
+                    if (mode != MODE_PERF && j%t->ne[0] < n_kv && rng()%16 == 0) {
                         data[j] = -1;
                     }
                 }
@@ -162,7 +162,7 @@ struct test_seqkv : public test_case {
                     const int64_t j = i%n_virt, s = i/n_virt/n_tokens;
                     // whole frames are left out, as one behind the window is; with many cells none, as in a long context
                     const bool left_out = n_kv > 1000 ? j%64 != 0 && rng()%8 == 0 : rng()%8 == 0 || (j/64)%5 == 3;
-                    const bool keep = !empty[s*n_virt + j] && !left_out;
+                    const bool keep = mode == MODE_PERF || (!empty[s*n_virt + j] && !left_out);
                     data[i] = ggml_fp32_to_fp16(keep ? 0.0f : -INFINITY);
                 }
                 ggml_backend_tensor_set(t, data.data(), 0, ggml_nbytes(t));
@@ -177,8 +177,30 @@ struct test_seqkv : public test_case {
                 ggml_backend_tensor_set(t, data.data(), 0, ggml_nbytes(t));
             } else if (name == "sinks") {
                 init_tensor_uniform(t, -10.0f, 10.0f);
+            } else if (mode == MODE_PERF && ggml_is_quantized(t->type)) { // many rows: a few again and again
+                const int64_t n = 64, rows = ggml_nrows(t), size = ggml_row_size(t->type, t->ne[0]);
+                std::uniform_real_distribution<float> uniform(-3.0f, 3.0f);
+                std::vector<float> values(n*t->ne[0]);
+                std::generate(values.begin(), values.end(), [&] { return uniform(rng); });
+                std::vector<uint8_t> data(rows*size);
+                ggml_quantize_chunk(t->type, values.data(), data.data(), 0, n, t->ne[0], nullptr);
+                for (int64_t r = n; r < rows; ++r) {
+                    std::copy_n(data.begin() + (r - n)*size, size, data.begin() + r*size);
+                }
+                ggml_backend_tensor_set(t, data.data(), 0, data.size());
             } else {
                 init_tensor_uniform(t, -3.0f, 3.0f);
+            }
+        }
+    }
+
+    // decode of a model of 8B behind a context, for 'test-backend-ops perf'
+    static void add_perf(std::vector<std::unique_ptr<test_case>> & cases) {
+        for (const int64_t n_kv : { 16384, 131072 }) {
+            for (const ggml_type t : { GGML_TYPE_SEQKV4, GGML_TYPE_SEQKV3, GGML_TYPE_SEQKV2 }) {
+                for (const bool profile : { false, true }) {
+                    cases.emplace_back(new test_seqkv(GGML_OP_SEQKV_ATTN, ggml_seqkv_type(ggml_seqkv_bits(t), profile), t, 128, 128, 8, 4, n_kv, 68, 1, 1, IN_ORDER, profile, false, true));
+                }
             }
         }
     }

@@ -70,13 +70,14 @@ template <int D, int NT, int KIND> static void check(order cells, bool dense, co
     a.k_nb2       = a.k_nb1*kv_size;
     a.v_nb2       = a.v_nb1*kv_size;
 
-    std::vector<char> k(a.k_nb2*x.n_stream + 16), v(a.v_nb2*x.n_stream + 16);
+    std::vector<char> k(a.k_nb2*x.n_stream + 32), v(a.v_nb2*x.n_stream + 32);
     std::generate(k.begin(), k.end(), word);
     std::generate(v.begin(), v.end(), word);
     char * k0 = aligned(k), * v0 = aligned(v);
     a.k = k0;
     a.v = v0;
-    readable = { { k0, k0 + a.k_nb2*x.n_stream }, { v0, v0 + a.v_nb2*x.n_stream } };
+    const auto end = [&](int64_t nb2) { return (nb2*x.n_stream + 15)/16*16; }; // tensors end at multiples of 16 bytes, and more
+    readable = { { k0, k0 + end(a.k_nb2) }, { v0, v0 + end(a.v_nb2) } };
     std::vector<int32_t> meta((size_t) a.n_virt*x.n_stream);
     a.mask_nb1 = (a.n_virt + 255)/256*256*sizeof(half);
     a.mask_nb3 = a.mask_nb1*x.n_tokens;
@@ -192,8 +193,8 @@ template <int D, int NT, int KIND> static void check(order cells, bool dense, co
         }
         add_difference<D>(parts, row, parts.n_z, want, sum, error, norm);
     }
-    printf("head_dim %d, %d tiles of queries, kind %d, %d KV heads, group %d, %d tokens, %d cells, order %d: block of %d heads x %d teams, ways %d %d: NMSE %.2g\n", D, NT, KIND,
-        x.n_head_kv, x.group, x.n_tokens, x.n_kv, cells, plan.heads, plan.teams, plan.way_k, plan.way_v, error/norm);
+    printf("head_dim %d, %d tiles of queries, kind %d, %d KV heads, group %d, %d tokens, %d cells, order %d: block of %d heads x %d teams, whole %d %d: NMSE %.2g\n", D, NT, KIND,
+        x.n_head_kv, x.group, x.n_tokens, x.n_kv, cells, plan.heads, plan.teams, plan.whole_k, plan.whole_v, error/norm);
     if (!(error <= 1e-7*norm)) {
         fail("other sums");
     }

@@ -53,6 +53,7 @@ inline float2 __half22float2(half2 x) { return { (float) x.x, (float) x.y }; }
 inline uint32_t __float_as_uint(float x) { uint32_t r; memcpy(&r, &x, 4); return r; }
 inline float    __uint_as_float(uint32_t x) { float r; memcpy(&r, &x, 4); return r; }
 inline uint32_t __funnelshift_r(uint32_t lo, uint32_t hi, uint32_t s) { return (uint32_t) (((uint64_t) hi << 32 | lo) >> (s & 31)); }
+inline uint32_t __funnelshift_rc(uint32_t lo, uint32_t hi, uint32_t s) { return s < 32 ? __funnelshift_r(lo, hi, s) : hi; }
 inline int      __popc(uint32_t x) { return __builtin_popcount(x); }
 inline float    __expf(float x) { return expf(x); }
 inline float    rsqrtf(float x) { return 1.0f/sqrtf(x); }
