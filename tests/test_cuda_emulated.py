@@ -62,7 +62,7 @@ def run(program: Path, *orders: int) -> subprocess.CompletedProcess[str]:
 def test_decode_kernel(tmp_path: Path) -> None:
     done = run(build(tmp_path, 900), GAPS)
     assert done.returncode == 0, done.stdout[-3000:]
-    assert done.stdout.count("NMSE") == 13 and done.stdout.count("exact rows") == 5
+    assert done.stdout.count("NMSE") == 15 and done.stdout.count("exact rows") == 5
     assert {way for line in done.stdout.splitlines() if "whole " in line for way in line.split("whole ")[1].split(":")[0].split()} == {"0", "1"}, "not every way of copying"  # fmt: skip
 
 

@@ -517,7 +517,7 @@ static __global__ void __launch_bounds__(max_warps(D, NT)*WARP_SIZE, 1) decode_k
             for (int b = 0; b < NB; ++b) {
                 digits[n][b] = used ? from[(n*NB + b)*WARP_SIZE] : make_uint4(0, 0, 0, 0);
             }
-            scale[n] = q0 + 4*n + t < nq ? scale2*(f.scale + (uint64_t) index*(uint32_t) (4*f.n4))[q0 + 4*n + t] : 0.0f;
+            scale[n] = q0 + 4*n + t < nq ? (f.scale + (uint64_t) index*(uint32_t) (4*f.n4))[q0 + 4*n + t] : 0.0f;
         }
         pred = f.pred + (uint64_t) index*(uint32_t) (4*f.n4*SEQKV_FRAME) + (q0 + t)*SEQKV_FRAME;
         at   = origin;
@@ -688,7 +688,7 @@ static __global__ void __launch_bounds__(max_warps(D, NT)*WARP_SIZE, 1) decode_k
                         products(mt, sum);
 #pragma unroll
                         for (int n = 0; n < NT; ++n) {
-                            scores[(4*n + mt)*WARP_SIZE] = make_float2(scale[n]*sum[n][0] + scale2*pred2[n][mt][0], scale[n]*sum[n][1] + scale2*pred2[n][mt][1]);
+                            scores[(4*n + mt)*WARP_SIZE] = make_float2(scale2*(scale[n]*sum[n][0] + pred2[n][mt][0]), scale2*(scale[n]*sum[n][1] + pred2[n][mt][1]));
                         }
                     }
                 } else {
@@ -721,7 +721,7 @@ static __global__ void __launch_bounds__(max_warps(D, NT)*WARP_SIZE, 1) decode_k
 #pragma unroll
                                 for (int e = 0; e < 2; ++e) {
                                     if (origin2[e] == o) {
-                                        const float x = scale[n]*sum[n][e] + (dense ? scale2*pred[4*n*SEQKV_FRAME + (cell2[e] & 63)] : 0.0f);
+                                        const float x = scale2*(scale[n]*sum[n][e] + (dense ? pred[4*n*SEQKV_FRAME + (cell2[e] & 63)] : 0.0f));
                                         float2 & score = scores[(4*n + mt)*WARP_SIZE];
                                         (e ? score.y : score.x) = x;
                                     }

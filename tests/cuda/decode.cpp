@@ -332,10 +332,12 @@ int main(int argc, char ** argv) {
         check<128, 1, 4>(cells, false, { 32, 4, 1, 64*5,      1, H100,  2, 0, 0.0f });
         check<128, 2, 6>(cells, false, {  8, 8, 1, 64*5,      1, H100,  2, 0, 0.0f });
         check<128, 4, 0>(cells, true,  {  2, 5, 3, 64*5,      1, H100,  1, 0, 0.0f });
+        check<128, 1, 6>(cells, false, {  4, 4, 1, 64*5 + 7,  1, H100,  1, 0, 0.0f });
         check< 64, 1, 6>(cells, false, {  8, 4, 1, 64*9 + 33, 2, H100,  2, 0, 0.0f });
         check< 64, 1, 6>(cells, false, {  2, 4, 1, 64*9,      1, H100,  1, 14, 0.0f });
         check< 64, 1, 8>(cells, false, {  5, 4, 1, 64*5,      1, H100,  1, 3, 0.0f });
         check< 64, 2, 5>(cells, true,  {  3, 7, 1, 64*6,      1, H100,  1, 0, 0.0f });
+        check<256, 1, 4>(cells, false, {  2, 3, 1, 64*5 + 40, 1, H100,  1, 0, 0.0f });
         check<256, 1, 8>(cells, false, {  4, 4, 1, 64*5,      1, H100,  1, 0, 0.0f });
         check<256, 2, 0>(cells, true,  {  1, 3, 2, 64*9,      1, H100,  1, 0, 0.0f });
     }
