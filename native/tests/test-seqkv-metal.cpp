@@ -17,7 +17,10 @@
 #include <vector>
 
 // the part of test-backend-ops.cpp that the cases need
+enum test_mode { MODE_TEST, MODE_PERF };
 struct test_case {
+    test_mode mode = MODE_TEST;
+
     virtual ~test_case() {}
     virtual std::string vars() { return ""; }
     virtual std::string op_desc(ggml_tensor * t) { return ggml_op_name(t->op); }
