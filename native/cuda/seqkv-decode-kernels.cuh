@@ -906,7 +906,7 @@ static __global__ void __launch_bounds__(max_warps(D, NT)*WARP_SIZE, 1) decode_k
         turn_v ^= 1;
     }
 
-    merge_warps<D, NT, max_warps(D, NT)>(a, parts, (float *) smem_raw, m, l, acc, s, h0, plan.heads, plan.heads*plan.teams, q0, blockIdx.x);
+    merge_warps<D, NT, max_warps(D, NT)>(a, parts, (float *) smem_raw, m, l, acc, s, h0, plan.heads, plan.teams, q0, blockIdx.x);
 }
 
 // Static shared memory of decode_kernel: barriers, maxima and sums

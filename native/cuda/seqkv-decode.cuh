@@ -288,60 +288,55 @@ template <int PITCH, int PIECES = 0> struct row_loader {
 
 static constexpr __host__ __device__ int merge_pitch(int d) { return d + 8; } // free of conflicts for what writes and reads sums
 
-// The sums of a block's warps -> a part. Warps i, i + heads, ... (of n) have sums of KV head h0 + i. all: (n, 4*NT, merge_pitch(D)) scratch that others may
-// still read; m, l of lane 4*g + t: of query t of each n, m of base 2, l over this lane's keys; acc: its values 16*i + 2*g, + 1
+// The sums of a block's warps -> a part. Warps i, i + heads, ... (one of each team) have sums of KV head h0 + i. all: (warps, 4*NT, merge_pitch(D)) scratch
+// that others may still read; m, l of lane 4*g + t: of query t of each n, m of base 2, l over this lane's keys; acc: its values 16*i + 2*g, + 1.
+// The warps of a KV head share its queries. Nothing else runs meanwhile, so what counts is how long the longest chain takes.
 template <int D, int NT, int MAX_WARPS>
 SEQKV_FN void merge_warps(const seqkv_view & a, const seqkv_parts & parts, float * all, const float (&m)[NT], const float (&l)[NT],
-        const float (&acc)[NT][D/16][2], int s, int h0, int heads, int n_warps, int q0, int part) {
-    const int warp = threadIdx.x/WARP_SIZE, lane = threadIdx.x%WARP_SIZE, g = lane/4, t = lane%4, nq = a.n_tokens*a.group;
-    __shared__ float warp_m[MAX_WARPS][4*NT], warp_l[MAX_WARPS][4*NT];
+        const float (&acc)[NT][D/16][2], int s, int h0, int heads, int teams, int q0, int part) {
+    constexpr int PIECES = D/4; // of a query
+    const int warp = threadIdx.x/WARP_SIZE, lane = threadIdx.x%WARP_SIZE, g = lane/4, t = lane%4;
+    const int team = warp/heads, head = warp - team*heads, n_q = min(4*NT, a.n_tokens*a.group - q0);
+    __shared__ float2 warp_ml[MAX_WARPS][4*NT];
+    float sum_l[NT];
 #pragma unroll
     for (int n = 0; n < NT; ++n) {
-        float sum = l[n];
+        sum_l[n] = l[n];
 #pragma unroll
         for (int i = 4; i < WARP_SIZE; i *= 2) {
-            sum += __shfl_xor_sync(0xffffffff, sum, i);
-        }
-        if (g == 0) {
-            warp_m[warp][4*n + t] = m[n];
-            warp_l[warp][4*n + t] = sum;
+            sum_l[n] += __shfl_xor_sync(0xffffffff, sum_l[n], i);
         }
     }
     __syncthreads();
 #pragma unroll
     for (int n = 0; n < NT; ++n) {
-        float max = -INFINITY;
-        for (int w = warp%heads; w < n_warps; w += heads) {
-            max = fmaxf(max, warp_m[w][4*n + t]);
+        if (g == 0) {
+            warp_ml[warp][4*n + t] = make_float2(m[n], sum_l[n]);
         }
-        const float x = m[n] == -INFINITY ? 0.0f : exp2f(m[n] - max);
 #pragma unroll
         for (int i = 0; i < D/16; ++i) {
-            *(float2 *) (all + (warp*4*NT + 4*n + t)*merge_pitch(D) + 16*i + 2*g) = make_float2(x*acc[n][i][0], x*acc[n][i][1]);
+            *(float2 *) (all + (warp*4*NT + 4*n + t)*merge_pitch(D) + 16*i + 2*g) = make_float2(acc[n][i][0], acc[n][i][1]);
         }
     }
     __syncthreads();
-    const int n_out = min(4*NT, nq - q0)*heads;
 #pragma unroll 1
-    for (int i = threadIdx.x; i < n_out*(D/4); i += n_warps*WARP_SIZE) {
-        const int query = i/(D/4)/heads, head = i/(D/4) - query*heads, j = i%(D/4)*4;
-        float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-        for (int w = head; w < n_warps; w += heads) {
-            const float4 x = *(const float4 *) (all + (w*4*NT + query)*merge_pitch(D) + j);
-            sum = make_float4(sum.x + x.x, sum.y + x.y, sum.z + x.z, sum.w + x.w);
-        }
-        *(float4 *) (parts.acc + part_index(a, parts, s, h0 + head, q0 + query, part)*D + j) = sum;
-    }
-#pragma unroll 1
-    for (int i = threadIdx.x; i < n_out; i += n_warps*WARP_SIZE) {
-        const int query = i/heads, head = i - query*heads;
+    for (int i = lane, query = team + i/PIECES*teams; query < n_q; i += WARP_SIZE, query = team + i/PIECES*teams) {
         float max = -INFINITY, sum = 0.0f;
-        for (int w = head; w < n_warps; w += heads) {
-            max = fmaxf(max, warp_m[w][query]);
+        for (int w = head; w < teams*heads; w += heads) {
+            max = fmaxf(max, warp_ml[w][query].x);
         }
-        for (int w = head; w < n_warps; w += heads) {
-            sum += warp_m[w][query] == -INFINITY ? 0.0f : warp_l[w][query]*exp2f(warp_m[w][query] - max);
+        float4 x = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+        for (int w = head; w < teams*heads; w += heads) {
+            const float2 ml = warp_ml[w][query];
+            const float  f  = ml.x == -INFINITY ? 0.0f : exp2f(ml.x - max);
+            const float4 y  = *(const float4 *) (all + (w*4*NT + query)*merge_pitch(D) + i%PIECES*4);
+            x = make_float4(x.x + f*y.x, x.y + f*y.y, x.z + f*y.z, x.w + f*y.w);
+            sum += f*ml.y;
         }
-        parts.ml[part_index(a, parts, s, h0 + head, q0 + query, part)] = make_float2(max/1.44269504f, sum);
+        const int64_t at = part_index(a, parts, s, h0 + head, q0 + query, part);
+        *(float4 *) (parts.acc + at*D + i%PIECES*4) = x;
+        if (i%PIECES == 0) {
+            parts.ml[at] = make_float2(max/1.44269504f, sum);
+        }
     }
 }
