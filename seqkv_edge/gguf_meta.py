@@ -17,6 +17,8 @@ from typing import Any
 from .errors import ModelError
 
 MAGIC = b"GGUF"
+PROFILE_ARCHITECTURE = "seqkv-profile"
+
 _MAX_STRING = 1 << 20  # longer strings are skipped, not kept
 _MAX_ARRAY = 1 << 14  # longer arrays are skipped, not kept
 _MAX_KEY = 65535
@@ -242,6 +244,8 @@ class ModelMeta:
         arch = self.header.fields.get("general.architecture")
         if not isinstance(arch, str) or not arch:
             raise ModelError(f"{self.path} names no architecture: it is not a language model")
+        if arch == PROFILE_ARCHITECTURE:
+            raise ModelError(f"{self.path} is a profile, not a model: give the model, and the profile with --profile")
         return arch
 
     @cached_property

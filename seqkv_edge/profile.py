@@ -29,9 +29,8 @@ from . import __version__, delta, llama
 from .design import LayerDesign, plan_bits
 from .dropin import KvOptions
 from .errors import ModelError, ProfileError, UsageError
-from .gguf_meta import fingerprint, read_header, read_model
+from .gguf_meta import PROFILE_ARCHITECTURE, fingerprint, read_header, read_model
 
-ARCHITECTURE = "seqkv-profile"
 VERSION = 2
 N_SINK, N_WINDOW = 4, 64
 """exact window that profiles are made for"""
@@ -63,7 +62,7 @@ def read_info(path: Path) -> ProfileInfo:
         fields = read_header(path).fields
     except ModelError as error:
         raise ProfileError(f"profile: {error}") from None
-    if fields.get("general.architecture") != ARCHITECTURE:
+    if fields.get("general.architecture") != PROFILE_ARCHITECTURE:
         raise ProfileError(f"{path} is a GGUF file but not a seqkv profile: make one with 'calibrate -o FILE'")
     version = fields.get("seqkv.profile.version")
     if version != VERSION:
@@ -240,7 +239,7 @@ def add_predictors(path: Path, layers: Mapping[int, delta.Layer]) -> None:
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
     os.close(handle)
     try:
-        writer = GGUFWriter(name, ARCHITECTURE)
+        writer = GGUFWriter(name, PROFILE_ARCHITECTURE)
         for key, value in reader.fields.items():
             if not key.startswith(("GGUF.", "seqkv.delta.")) and key != "general.architecture":
                 kind = value.types[0]
@@ -265,7 +264,7 @@ def write(target: Path, model: Path, model_id: str, made: Measured) -> None:
     handle, name = tempfile.mkstemp(dir=target.parent, prefix=target.name, suffix=".tmp")
     os.close(handle)
     try:
-        writer = GGUFWriter(name, ARCHITECTURE)
+        writer = GGUFWriter(name, PROFILE_ARCHITECTURE)
         writer.add_string("general.name", f"{meta.name} (seqkv profile)")
         writer.add_uint32("seqkv.profile.version", VERSION)
         writer.add_string("seqkv.profile.model_id", model_id)

@@ -480,7 +480,7 @@ def write_profile(path: Path) -> None:
 
     from seqkv_edge import profile
 
-    writer = GGUFWriter(str(path), profile.ARCHITECTURE)
+    writer = GGUFWriter(str(path), profile.PROFILE_ARCHITECTURE)
     writer.add_uint32("seqkv.profile.version", profile.VERSION)
     writer.add_uint32("seqkv.profile.n_layer", 4)
     writer.add_array("seqkv.profile.seqkv3.k_bits", [3, 2, 4, 0])

@@ -63,6 +63,11 @@ def test_nonsense_metadata(make_gguf, fields, word):
         read_model(make_gguf(**fields))
 
 
+def test_a_profile_is_not_a_model(make_gguf):
+    with pytest.raises(ModelError, match="is a profile, not a model"):
+        read_model(make_gguf(arch="seqkv-profile"))
+
+
 def test_not_a_model_file(tmp_path: Path):
     with pytest.raises(ModelError, match="no file"):
         read_header(tmp_path / "missing.gguf")
