@@ -186,11 +186,14 @@ def test_what_is_written_late_is_kept_until_then(tmp_path: Path, backend: str, n
 
 
 def test_some_layers_on_the_gpu(gpu: Models, cpu: Models, backend: str, tmp_path: Path) -> None:
-    """With a part of the layers offloaded the others are the CPU's, and the codes cost the same."""
+    """With a part of the layers offloaded the others are the CPU's, and the codes cost the same. Attention over the CPU's cells
+    goes to the GPU from 32 tokens on, as products with the CPU's weights do (Metal offloads nothing else)."""
     some = Models(tmp_path, 2)  # the output counts as a layer
     try:
-        for op, names in buffers_of_ops(some("llama-3l")).items():
-            assert {on_gpu(name, backend) for name in names} == {True, False}, (op, names)
+        for n_tokens in (1, 31, 32, 40):
+            seen = {op: {on_gpu(name, backend) for name in names} for op, names in buffers_of_ops(some("llama-3l"), (n_tokens,)).items()}
+            assert seen["SEQKV_STORE"] == {True, False}, n_tokens
+            assert seen["SEQKV_ATTN"] == ({True} if n_tokens >= 32 and backend == "CUDA" else {True, False}), n_tokens
         assert_codes_cost_the_same(some, cpu, "llama-3l", "seqkv3")
     finally:
         some.close()
