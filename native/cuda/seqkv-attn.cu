@@ -351,19 +351,49 @@ struct window_rows {
     int64_t         nb1;
 };
 
+// 2, 4 or 8 floats, aligned to their size or to 16 bytes; zeros if they are not there
+template <int N> SEQKV_FN void load_floats(float (&x)[N], const float * src, bool there) {
+    if constexpr (N == 2) {
+        *(float2 *) x = there ? *(const float2 *) src : make_float2(0.0f, 0.0f);
+    } else {
+#pragma unroll
+        for (int i = 0; i < N; i += 4) {
+            *(float4 *) (x + i) = there ? *(const float4 *) (src + i) : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+        }
+    }
+}
+template <int N> SEQKV_FN void store_floats(float * dst, const float (&x)[N]) {
+    if constexpr (N == 2) {
+        *(float2 *) dst = *(const float2 *) x;
+    } else {
+#pragma unroll
+        for (int i = 0; i < N; i += 4) {
+            *(float4 *) (dst + i) = *(const float4 *) (x + i);
+        }
+    }
+}
+
+// Sums of x and of y over a warp, in the lower and in the upper half of its lanes
+SEQKV_FN float warp_sum2(float x, float y, int lane) {
+    const bool  upper = lane & 16;
+    const float sum   = (upper ? y : x) + __shfl_xor_sync(0xffffffff, upper ? x : y, 16);
+    return warp_reduce_sum<16>(sum);
+}
+
 // One block a query row: parts -> dst. H of the sums over transformed values, their mean and scale, the sink. D: head_dim of values.
-// Each of W warps sums every W-th part, a lane D/32 values of it; of each 32 of these parts a lane has the weight of one. AHEAD: parts whose values are on
-// their way at a time. FEW: there are no more than W*AHEAD parts, 32. Then blocks are there before the parts are, and all of the kernel is run once for nothing
-// meanwhile: it takes longer to fetch its code, which nothing else of a layer keeps in a cache, than to run it.
+// Each of W warps sums every W-th part by its own maximum, a lane D/32 values of it; of some of these parts at a time a lane has the weight of one. AHEAD:
+// parts whose values are on their way at a time. It takes longer to fetch this code, which nothing else of a layer keeps in a cache, than to run it.
+// FEW: there are no more than W*AHEAD parts, 32. Then blocks are there before the parts are, and all of it is run once for nothing meanwhile.
 template <int D, int W, int AHEAD, bool FEW>
 static __global__ void __launch_bounds__(W*WARP_SIZE, 1) combine_kernel(seqkv_view a, seqkv_parts parts, window_rows rows) {
-    constexpr int V = D/WARP_SIZE;
-    __shared__ float z[W][D], y[W][D], warp_l[W], warp_l_z[W];
-    const int warp = threadIdx.x/WARP_SIZE, lane = threadIdx.x%WARP_SIZE;
-    const int     head = blockIdx.x, h = head/a.group;
-    const int64_t row  = (int64_t) blockIdx.y*a.n_head + head;
-    const float2 * ml  = parts.ml  + row*parts.n_parts;
-    const float  * acc = parts.acc + row*parts.n_parts*D + V*lane;
+    constexpr int V = D/WARP_SIZE, AT_ONCE = WARP_SIZE/AHEAD*AHEAD; // parts of a warp whose weights are there at a time
+    __shared__ __align__(16) float sums[2][W][D]; // of transformed values, of values
+    __shared__ float total[2*D], warp_m[W], warp_l[2][W];
+    const int warp = __shfl_sync(0xffffffff, threadIdx.x/WARP_SIZE, 0), lane = threadIdx.x%WARP_SIZE; // the same for all lanes, and known to be
+    const int head = blockIdx.x, h = a.token_of(head);
+    const int row  = blockIdx.y*a.n_head + head;
+    const float2 * ml  = parts.ml  + (int64_t) row*parts.n_parts + warp;
+    const float  * acc = parts.acc + ((int64_t) row*parts.n_parts + warp)*D + V*lane;
 
     // what no kernel writes
     const bool prof = a.bits_v && a.tables.prof;
@@ -376,103 +406,102 @@ static __global__ void __launch_bounds__(W*WARP_SIZE, 1) combine_kernel(seqkv_vi
     const float   sink = a.sinks ? a.sinks[head] : -INFINITY;
     const int64_t idx  = rows.dst ? rows.idxs[blockIdx.y] : -1;
     const auto combine = [&](int n_parts, bool for_good) {
-        float m = sink, l = 0.0f, l_z = 0.0f, sum_z[V] = { 0.0f }, sum_x[V] = { 0.0f };
-        for (int c0 = 0; c0 < (FEW ? 1 : n_parts); c0 += WARP_SIZE*W) {
-            const int    own    = c0 + W*lane + warp; // part whose weight this lane has
-            const float2 own_ml = own < n_parts ? ml[own] : make_float2(-INFINITY, 0.0f);
-            const int    n      = min(WARP_SIZE, (n_parts - c0 - warp + W - 1)/W); // of the warp
+        const int n = (n_parts - warp + W - 1)/W, n_z = (min(n_parts, parts.n_z) - warp + W - 1)/W; // of the warp
+        float m = -INFINITY, l = 0.0f, l_z = 0.0f, sum_z[V] = { 0.0f }, sum_x[V] = { 0.0f };
+#pragma unroll 1
+        for (int k0 = 0; k0 < (FEW ? 1 : n); k0 += AT_ONCE) {
+            const int    own    = k0 + lane; // part whose weight this lane has
+            const float2 own_ml = lane < AT_ONCE && own < n ? ml[W*own] : make_float2(-INFINITY, 0.0f);
             float x[AHEAD][V];
-            const auto load = [&](int k0) {
+            const auto load = [&](int k) {
 #pragma unroll
-                for (int k = 0; k < AHEAD; ++k) {
-#pragma unroll
-                    for (int j = 0; j < V; j += 2) {
-                        float2 w = make_float2(0.0f, 0.0f);
-                        if (k0 + k < n) {
-                            w = *(const float2 *) (acc + (int64_t) (c0 + W*(k0 + k) + warp)*D + j);
-                        }
-                        x[k][j]     = w.x;
-                        x[k][j + 1] = w.y;
-                    }
+                for (int i = 0; i < AHEAD; ++i) {
+                    load_floats<V>(x[i], acc + (k + i)*W*D, k + i < n);
                 }
             };
-            load(0);
-            if (c0 == 0) {
-#pragma unroll (FEW ? 1 : 4)
-                for (int c = lane; c < n_parts; c += WARP_SIZE) {
-                    m = fmaxf(m, ml[c].x);
-                }
-                m = warp_reduce_max(m);
-            }
+            load(k0);
+            const float old = m;
+            m = fmaxf(m, warp_reduce_max(own_ml.x));
             const float f = own_ml.x == -INFINITY ? 0.0f : __expf(own_ml.x - m);
+            if (!FEW) {
+                const float f_old = old == -INFINITY ? 0.0f : __expf(old - m);
+                l   *= f_old;
+                l_z *= f_old;
+#pragma unroll
+                for (int j = 0; j < V; ++j) {
+                    sum_z[j] *= f_old;
+                    sum_x[j] *= f_old;
+                }
+            }
             l   += f*own_ml.y;
-            l_z += own < parts.n_z ? f*own_ml.y : 0.0f;
-            for (int k0 = 0; k0 < (FEW ? 1 : n); k0 += AHEAD) {
-                if (k0 > 0) {
-                    load(k0);
+            l_z += own < n_z ? f*own_ml.y : 0.0f;
+#pragma unroll 1
+            for (int k = k0; k < (FEW ? 1 : min(n, k0 + AT_ONCE)); k += AHEAD) {
+                if (k > k0) {
+                    load(k);
                 }
 #pragma unroll
-                for (int k = 0; k < AHEAD; ++k) {
-                    const float w = __shfl_sync(0xffffffff, f, (k0 + k)%WARP_SIZE);
-                    const bool  transformed = c0 + W*(k0 + k) + warp < parts.n_z;
-                    const float w_z = transformed ? w : 0.0f, w_x = transformed ? 0.0f : w;
+                for (int i = 0; i < AHEAD; ++i) {
+                    const float w = __shfl_sync(0xffffffff, f, k - k0 + i), w_z = k + i < n_z ? w : 0.0f;
 #pragma unroll
                     for (int j = 0; j < V; ++j) {
-                        sum_z[j] += w_z*x[k][j];
-                        sum_x[j] += w_x*x[k][j];
+                        sum_z[j] += w_z*x[i][j];
+                        sum_x[j] += (w - w_z)*x[i][j];
                     }
                 }
             }
         }
-#pragma unroll
-        for (int j = 0; j < V; ++j) {
-            const int i = V*lane + j;
-            z[warp][parts.permuted ? (i & ~15) | (i & 3) << 2 | (i >> 2 & 3) : i] = sum_z[j]; // stored place within 16 values: 4*(value%4) + value/4
-            y[warp][i] = sum_x[j];
-        }
-        l   = warp_reduce_sum(l);
-        l_z = warp_reduce_sum(l_z);
+        store_floats<V>(&sums[0][warp][V*lane], sum_z);
+        store_floats<V>(&sums[1][warp][V*lane], sum_x);
+        l = warp_sum2(l, l_z, lane);
         if (lane == 0) {
-            warp_l  [warp] = l;
-            warp_l_z[warp] = l_z;
+            warp_m[warp] = m;
+        }
+        if (lane%16 == 0) {
+            warp_l[lane/16][warp] = l;
         }
         if (for_good && idx >= 0) {
             const int width = a.p.n_head_kv*(a.p.dk + a.p.dv)/2;
             const half2 * from = (const half2 *) a.cur + (int64_t) blockIdx.y*width;
             half2       * to   = (half2 *) (rows.dst + idx*rows.nb1);
+#pragma unroll 1
             for (int c = head*W*WARP_SIZE + threadIdx.x; c < width; c += a.n_head*W*WARP_SIZE) {
                 to[c] = from[c];
             }
         }
         __syncthreads();
-        for (int i = threadIdx.x; i < 2*D; i += W*WARP_SIZE) { // sums of the warps, to the first one's place
-            float * column = i < D ? &z[0][i] : &y[0][i - D], sum = 0.0f;
+        m = lane < W ? warp_m[lane] : -INFINITY;
+        const float top = fmaxf(sink, warp_reduce_max(m)), f = m == -INFINITY ? 0.0f : __expf(m - top); // of warp lane
+#pragma unroll 1
+        for (int i0 = warp*WARP_SIZE; i0 < 2*D; i0 += W*WARP_SIZE) {
+            const int i = i0 + lane;
+            const float * column = &sums[0][0][0] + (i < D ? 0 : (W - 1)*D) + (i < D && parts.permuted ? (i & ~15) | (i & 3) << 2 | (i >> 2 & 3) : i); // stored place within 16 values: 4*(value%4) + value/4
+            float sum = 0.0f;
 #pragma unroll
             for (int w = 0; w < W; ++w) {
-                sum += column[w*D];
+                sum += __shfl_sync(0xffffffff, f, w)*column[w*D];
             }
-            column[0] = sum;
+            total[i] = sum;
         }
         __syncthreads();
         if (warp > 0) {
             return;
         }
-        l   = warp_reduce_sum(lane < W ? warp_l  [lane] : 0.0f) + (a.sinks ? __expf(sink - m) : 0.0f);
-        l_z = warp_reduce_sum(lane < W ? warp_l_z[lane] : 0.0f);
+        l   = warp_sum2(lane < W ? f*warp_l[0][lane] : 0.0f, lane < W ? f*warp_l[1][lane] : 0.0f, lane);
+        l_z = __shfl_sync(0xffffffff, l, 16);
+        l   = __shfl_sync(0xffffffff, l, 0) + (a.sinks ? __expf(sink - top) : 0.0f);
         float x[V];
 #pragma unroll
         for (int j = 0; j < V; ++j) {
-            x[j] = z[0][WARP_SIZE*j + lane];
+            x[j] = total[WARP_SIZE*j + lane];
         }
-        if (parts.n_z > 0) { // H
-            seqkv_fwht_warp<V>(x, lane);
-        }
+        seqkv_fwht_warp<V>(x, lane); // H
+        const float inv = l > 0.0f ? 1.0f/l : 0.0f;
+        float * dst = a.dst + (int64_t) row*D + lane;
+        if (for_good) {
 #pragma unroll
-        for (int j = 0; j < V; ++j) {
-            const int c = WARP_SIZE*j + lane;
-            const float sum = y[0][c] + (parts.n_z > 0 ? rsqrtf((float) D)*x[j]*scale[j] + l_z*mean[j] : 0.0f);
-            if (for_good) {
-                a.dst[row*D + c] = l > 0.0f ? sum/l : 0.0f;
+            for (int j = 0; j < V; ++j) {
+                dst[WARP_SIZE*j] = inv*(total[D + WARP_SIZE*j + lane] + (parts.n_z > 0 ? rsqrtf((float) D)*x[j]*scale[j] + l_z*mean[j] : 0.0f));
             }
         }
     };
