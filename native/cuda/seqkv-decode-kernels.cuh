@@ -23,12 +23,12 @@ struct frame_queries {
     float    * pred;
     int        n_frames, n4;
 
-    __device__ __forceinline__ int64_t index(const seqkv_view & a, int s, int frame, int h) const {
-        return ((int64_t) s*n_frames + frame)*a.p.n_head_kv + h;
-    }
+    __device__ __forceinline__ uint32_t index(const seqkv_view & a, int s, int frame, int h) const { return (s*n_frames + frame)*a.p.n_head_kv + h; }
+    // products of 32 by 32 bits
+    template <int D> __device__ __forceinline__ uint32_t * digits_of(uint32_t index) const { return digits + (uint64_t) index*(uint32_t) (n4*D*2); }
+    __device__ __forceinline__ float * scale_of(uint32_t index) const { return scale + (uint64_t) index*(uint32_t) (4*n4); }
+    __device__ __forceinline__ float * pred_of (uint32_t index) const { return pred  + (uint64_t) index*(uint32_t) (4*n4*SEQKV_FRAME); }
 };
-
-template <int D> SEQKV_FN uint32_t * digits_of(const frame_queries & f, int64_t index) { return f.digits + index*(f.n4*D*2); }
 
 //
 // queries in the frames
@@ -43,9 +43,10 @@ static constexpr int query_smem(int d, bool dense) {
 
 // What warps work on, one after the other: QUERY_ROWS or fewer rows of a KV head
 struct query_tiles {
-    int blocks;    // of the grid that have tiles, behind them exact rows
+    int exact;     // blocks of each KV head that attend to exact rows, at the beginning of the grid
+    int blocks;    // those that have tiles
     int n, frames; // tiles of a KV head; frames of a tile, whose queries are all in it, if there are no more than QUERY_ROWS; otherwise a frame has two tiles
-    int inv;       // 2^16/(queries of a frame in a tile), rounded up
+    int inv;       // 2^16/frames, rounded up
 };
 
 // Tiles of a block: each of them, one more in the first rest blocks
@@ -67,19 +68,60 @@ SEQKV_FN uint4 word_order(uint4 x) {
     return make_uint4(seqkv_prmt(x.x, x.z, 0x5410), seqkv_prmt(x.x, x.z, 0x7632), seqkv_prmt(x.y, x.w, 0x5410), seqkv_prmt(x.y, x.w, 0x7632));
 }
 
-// Each warp by itself: rotated queries to shared memory as f16, times D or H on tensor cores (of H its part within 16 values, the rest by sums and
+// Rows iq*frames + frame of a tile, (QUERY_ROWS, D + 8): queries [q0, q0 + n_q) of a KV head, rotated to the origins of frames [frame0, frame0 + n_f), by a warp.
+// A lane rotates two neighbouring pairs of four frames at a time: two values in each half of the rotated ones (NEOX), or four values.
+template <int D, bool NEOX>
+static __device__ void rotate_queries(const seqkv_view & a, half * rows, int s, int h, int q0, int n_q, int frame0, int n_f, int frames) {
+    constexpr int LD = D + 8, LANES = D/4 < WARP_SIZE ? D/4 : WARP_SIZE, STEP = WARP_SIZE/LANES, TIMES = D/4/LANES, FRAMES = 4;
+    const int lane = threadIdx.x%WARP_SIZE, own = lane%LANES;
+    const char * q = a.q + (int64_t) s*a.n_tokens*a.q_nb2 + h*a.group*a.q_nb1;
+    const int nb1 = (int) a.q_nb1, next_token = (int) a.q_nb2 - a.group*nb1;
+    for (int f0 = lane/LANES; f0 < n_f; f0 += FRAMES*STEP) {
+#pragma unroll
+        for (int i = 0; i < TIMES; ++i) {
+            const int  pair    = 2*(own + i*LANES);
+            const bool rotated = pair < a.p.n_rot/2;
+            const int  x0 = NEOX && rotated ? pair : 2*pair, y0 = NEOX && rotated ? pair + a.p.n_rot/2 : 2*pair + 2;
+            const float * from = a.rot.base + (int64_t) (SEQKV_FRAME + frame0 + f0)*a.rot.stride + 2*pair;
+            float4 cs[FRAMES];
+#pragma unroll
+            for (int j = 0; j < FRAMES; ++j) {
+                cs[j] = rotated && f0 + j*STEP < n_f ? *(const float4 *) (from + j*STEP*a.rot.stride) : make_float4(1.0f, 0.0f, 1.0f, 0.0f);
+            }
+            half * row = rows + f0*LD;
+#pragma unroll 4
+            for (int iq = 0; iq < n_q; ++iq) {
+                const float * src = (const float *) (q + ((q0 + iq)*nb1 + a.token_of(q0 + iq)*next_token));
+                const float2 x = *(const float2 *) (src + x0), y = *(const float2 *) (src + y0);
+#pragma unroll
+                for (int j = 0; j < FRAMES; ++j) {
+                    const float4 c = cs[j];
+                    const half2 u = NEOX ? __floats2half2_rn(x.x*c.x + y.x*c.y, x.y*c.z + y.y*c.w) : __floats2half2_rn(x.x*c.x + x.y*c.y, x.y*c.x - x.x*c.y);
+                    const half2 v = NEOX ? __floats2half2_rn(y.x*c.x - x.x*c.y, y.y*c.z - x.y*c.w) : __floats2half2_rn(y.x*c.z + y.y*c.w, y.y*c.z - y.x*c.w);
+                    if (f0 + j*STEP < n_f) {
+                        *(half2 *) (row + j*STEP*LD + x0) = u;
+                        *(half2 *) (row + j*STEP*LD + y0) = v;
+                    }
+                }
+                row += frames*LD;
+            }
+        }
+    }
+}
+
+// Each warp by itself: rotated queries to shared memory as f16, times D or H on tensor cores (of H its part within 64 values, the rest by sums and
 // differences), products with the predictions, digits. early: as for exact_part
 template <int D, bool DENSE>
-static __global__ void __launch_bounds__(THREADS, D == 256 ? 2 : DENSE ? 3 : 4) queries_kernel(seqkv_view a, frame_queries f, seqkv_parts parts, query_tiles tiles, first_tiles ahead, bool early) {
+static __global__ void __launch_bounds__(THREADS, D == 256 ? 2 : DENSE ? 3 : 5) queries_kernel(seqkv_view a, frame_queries f, seqkv_parts parts, query_tiles tiles, first_tiles ahead, bool early) {
     constexpr int  LD = D + 8, CHUNK = query_chunk(D), NB = D/64;
     constexpr bool RESIDENT = query_resident(D);
     extern __shared__ __align__(16) half smem_h[];
     half * chunk = smem_h + WARPS*QUERY_ROWS*LD; // (CHUNK, LD)
     half * preds = RESIDENT ? chunk + CHUNK*LD : chunk; // (64, LD)
 
-    const int h = blockIdx.y, s = blockIdx.z;
+    const int h = blockIdx.x, s = blockIdx.z;
     const int nq = a.n_tokens*a.group;
-    const int warp = threadIdx.x/WARP_SIZE, lane = threadIdx.x%WARP_SIZE, g = lane/4, t = lane%4;
+    const int warp = __shfl_sync(0xffffffff, threadIdx.x/WARP_SIZE, 0), lane = threadIdx.x%WARP_SIZE, g = lane/4, t = lane%4; // the same for all lanes, and known to be
     half * rows = smem_h + warp*QUERY_ROWS*LD;   // (QUERY_ROWS, LD): rotated queries
 
     // What the blocks of the next kernel ask for all at once. If this graph writes cells: the cache is what others read and write as well.
@@ -89,17 +131,20 @@ static __global__ void __launch_bounds__(THREADS, D == 256 ? 2 : DENSE ? 3 : 4) 
             const int n = min(TILE, a.p.n_kv - tile*TILE);
             prefetch(a.cell_k(s, tile*TILE, 0), n*(int) a.k_nb1);
             prefetch(a.cell_v(s, tile*TILE, 0), n*(int) a.v_nb1);
+            prefetch((const char *) (a.meta + (int64_t) s*a.n_virt + tile*TILE), n*(int) sizeof(int32_t));
+            prefetch((const char *) (a.mask_row(s, 0) + tile*TILE), n*(int) sizeof(half));
         }
     }
 
-    if ((int) blockIdx.x >= tiles.blocks) {
-        const int part = (blockIdx.x - tiles.blocks)*WARPS + warp, j0 = a.p.n_kv + part*EXACT;
+    if ((int) blockIdx.y < tiles.exact) {
         if (!early) {
             ggml_cuda_pdl_sync();
         }
         ggml_cuda_pdl_lc();
-        if (j0 < a.n_virt) {
-            exact_part<D>(a, parts, (float *) smem_h + warp*EXACT*D, s, h, 0, nq, j0, parts.n_z + part, early);
+        const int n_exact = parts.n_parts - parts.n_z;
+#pragma unroll 1
+        for (int part = blockIdx.y*WARPS + warp; part < n_exact; part += tiles.exact*WARPS) {
+            exact_part<D>(a, parts, s, h, 0, nq, a.p.n_kv + part*EXACT, parts.n_z + part, early);
         }
         if (early) {
             ggml_cuda_pdl_sync();
@@ -136,54 +181,15 @@ static __global__ void __launch_bounds__(THREADS, D == 256 ? 2 : DENSE ? 3 : 4) 
     }
     ggml_cuda_pdl_sync();
 
-    for (int tile0 = blockIdx.x*WARPS; tile0 < tiles.n; tile0 += tiles.blocks*WARPS) {
+    for (int tile0 = (blockIdx.y - tiles.exact)*WARPS; tile0 < tiles.n; tile0 += tiles.blocks*WARPS) {
         const int tile   = tile0 + warp, two = nq > QUERY_ROWS;
         const int frame0 = (two ? tile >> 1 : tile)*tiles.frames, q0 = two ? (tile & 1)*QUERY_ROWS : 0;
         const int n_q    = min(QUERY_ROWS, nq - q0), n_f = tile < tiles.n ? min(tiles.frames, f.n_frames - frame0) : 0;
 
-        // A lane rotates two neighbouring pairs: two halves of a row with neox, or four values.
-        constexpr int LANES = D/4 < WARP_SIZE ? D/4 : WARP_SIZE, STEP = WARP_SIZE/LANES, TIMES = D/4/LANES, FRAMES = 4; // at a time
-        const int own = lane%LANES, frame_own = lane/LANES;
-        for (int f0 = frame_own; f0 < n_f; f0 += FRAMES*STEP) {
-#pragma unroll
-            for (int i = 0; i < TIMES; ++i) {
-                const int  pair    = 2*(own + i*LANES);
-                const bool rotated = pair < a.p.n_rot/2, neox = a.p.neox && rotated;
-                const int  x0 = neox ? pair : 2*pair, y0 = neox ? pair + a.p.n_rot/2 : 2*pair + 2;
-                float4 cs[FRAMES];
-#pragma unroll
-                for (int j = 0; j < FRAMES; ++j) {
-                    cs[j] = make_float4(1.0f, 0.0f, 1.0f, 0.0f);
-                    if (rotated && f0 + j*STEP < n_f) {
-                        cs[j] = *(const float4 *) (a.rot.base + (int64_t) (SEQKV_FRAME + frame0 + f0 + j*STEP)*a.rot.stride + 2*pair);
-                    }
-                }
-#pragma unroll 2
-                for (int iq = 0; iq < n_q; ++iq) {
-                    const float * q = a.query_of(s, h, q0 + iq);
-                    float2 x = *(const float2 *) (q + x0), y = *(const float2 *) (q + y0);
-                    if (!neox) {
-                        const float z = x.y;
-                        x.y = y.x;
-                        y.x = z;
-                    }
-#pragma unroll
-                    for (int j = 0; j < FRAMES; ++j) {
-                        half2 u = __floats2half2_rn(x.x*cs[j].x + y.x*cs[j].y, x.y*cs[j].z + y.y*cs[j].w);
-                        half2 v = __floats2half2_rn(y.x*cs[j].x - x.x*cs[j].y, y.y*cs[j].z - x.y*cs[j].w);
-                        if (!neox) {
-                            const half2 w = u;
-                            u = __lows2half2(w, v);
-                            v = __highs2half2(w, v);
-                        }
-                        if (f0 + j*STEP < n_f) {
-                            half * row = rows + ((f0 + j*STEP)*n_q + iq)*LD;
-                            *(half2 *) (row + x0) = u;
-                            *(half2 *) (row + y0) = v;
-                        }
-                    }
-                }
-            }
+        if (a.p.neox) {
+            rotate_queries<D, true >(a, rows, s, h, q0, n_q, frame0, n_f, tiles.frames);
+        } else {
+            rotate_queries<D, false>(a, rows, s, h, q0, n_q, frame0, n_f, tiles.frames);
         }
         __syncwarp();
 
@@ -214,18 +220,18 @@ static __global__ void __launch_bounds__(THREADS, D == 256 ? 2 : DENSE ? 3 : 4) 
                 }
             }
         } else {
-            hadamard_mma<D>(rows, h16, acc);
+            hadamard_mma<D, 64>(rows, h16, acc);
         }
 
-        // row g + 8*e: frame and query
-        int64_t at[2];
-        int     query[2];
-        bool    used[2];
+        // row g + 8*e: query and frame
+        uint32_t at[2];
+        int      query[2];
+        bool     used[2];
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
-            const int r = g + 8*e, frame = r*tiles.inv >> 16;
-            used [e] = r < n_f*n_q;
-            query[e] = q0 + r - frame*n_q;
+            const int r = g + 8*e, iq = r*tiles.inv >> 16, frame = r - iq*tiles.frames;
+            used [e] = iq < n_q && frame < n_f;
+            query[e] = q0 + iq;
             at   [e] = f.index(a, s, frame0 + frame, h);
         }
 
@@ -255,7 +261,7 @@ static __global__ void __launch_bounds__(THREADS, D == 256 ? 2 : DENSE ? 3 : 4) 
 #pragma unroll
             for (int e = 0; e < 2; ++e) {
                 if (used[e]) {
-                    float * dst = f.pred + (at[e]*4*f.n4 + query[e])*SEQKV_FRAME + 2*t;
+                    float * dst = f.pred_of(at[e]) + query[e]*SEQKV_FRAME + 2*t;
 #pragma unroll
                     for (int n = 0; n < SEQKV_FRAME/8; ++n) {
                         *(float2 *) (dst + 8*n) = make_float2(sum[n][2*e], sum[n][2*e + 1]);
@@ -278,9 +284,9 @@ static __global__ void __launch_bounds__(THREADS, D == 256 ? 2 : DENSE ? 3 : 4) 
             }
             const float inv = max > 0.0f ? DIGITS/max : 0.0f;
             if (t == 0) {
-                f.scale[at[e]*4*f.n4 + query[e]] = max*((DENSE ? 1.0f : rsqrtf((float) D))/DIGITS);
+                f.scale_of(at[e])[query[e]] = max*((DENSE ? 1.0f : rsqrtf((float) D))/DIGITS);
             }
-            uint32_t * dst = digits_of<D>(f, at[e]) + query[e]/4*D*2 + query[e]%4*32 + 4*t;
+            uint32_t * dst = f.digits_of<D>(at[e]) + query[e]/4*D*2 + query[e]%4*32 + 4*t;
 #pragma unroll
             for (int b = 0; b < NB; ++b) {
                 uint32_t upper[4], lower[4];
@@ -356,6 +362,7 @@ template <int D, int NT, int KIND> struct warp_smem {
 // since those of one head are a few bytes here and there.
 struct block_plan {
     int  heads, teams;     // KV heads of a block, teams
+    int  inv_heads;        // 2^16/heads, rounded up
     int  pitch_k, pitch_v; // bytes of a row in shared memory
     int  ring;             // bytes of a team: K 0, K 1, V 0, V 1 of a tile, ROWS rows each
     bool whole_k, whole_v; // rows of all KV heads, copied in one piece as they lie; otherwise each by itself, which keeps its place in 16 bytes
@@ -371,7 +378,6 @@ static __global__ void __launch_bounds__(max_warps(D, NT)*WARP_SIZE, 1) decode_k
     constexpr int NB = smem_t::NB, KEYS = smem_t::KEYS, LDK = smem_t::LDK, LDV = smem_t::LDV;
     constexpr int VB = smem_t::VB, KEYSV = smem_t::KEYSV, GROUPS = smem_t::GROUPS, TABLE_K = smem_t::TABLE_K;
     constexpr int MT = KEYS/16, DT = D/16, BITS = KIND/2, GRADED = KIND%2;
-    constexpr int AT_ONCE = BITS == 3 || KIND == 4 ? ROWS/KEYS : 1; // steps unrolled: what was fastest (H200)
     extern __shared__ __align__(16) char smem_raw[];
     __shared__ uint64_t barriers[max_warps(D, NT)][8]; // of teams: of each piece, that it is there, and that it is done with
 
@@ -380,7 +386,7 @@ static __global__ void __launch_bounds__(max_warps(D, NT)*WARP_SIZE, 1) decode_k
     }
     ggml_cuda_pdl_lc();
     const int warp = __shfl_sync(0xffffffff, threadIdx.x/WARP_SIZE, 0), lane = threadIdx.x%WARP_SIZE, g = lane/4, t = lane%4; // the same for all lanes, and known to be
-    const int team = warp/plan.heads, local = warp - team*plan.heads;
+    const int team = warp*plan.inv_heads >> 16, local = warp - team*plan.heads;
     const int h0 = blockIdx.y*plan.heads, h = h0 + local, s = n_chunks == 1 ? blockIdx.z : blockIdx.z/n_chunks, q0 = (blockIdx.z - s*n_chunks)*4*NT;
     const int nq = a.n_tokens*a.group;
     smem_t & sm = ((smem_t *) smem_raw)[warp];
@@ -508,8 +514,8 @@ static __global__ void __launch_bounds__(max_warps(D, NT)*WARP_SIZE, 1) decode_k
     float scale[NT];
     const float * pred = nullptr;
     const auto load_queries = [&](int origin) {
-        const uint32_t index = (s*f.n_frames + origin - SEQKV_FRAME)*a.p.n_head_kv + h; // and products of 32 by 32 bits
-        const uint4 * from   = (const uint4 *) (f.digits + (uint64_t) index*(uint32_t) (f.n4*D*2)) + q0/4*NB*WARP_SIZE + lane;
+        const uint32_t index = f.index(a, s, origin - SEQKV_FRAME, h);
+        const uint4 * from   = (const uint4 *) f.digits_of<D>(index) + q0/4*NB*WARP_SIZE + lane;
 #pragma unroll
         for (int n = 0; n < NT; ++n) {
             const bool used = q0 + 4*n < nq;
@@ -517,9 +523,9 @@ static __global__ void __launch_bounds__(max_warps(D, NT)*WARP_SIZE, 1) decode_k
             for (int b = 0; b < NB; ++b) {
                 digits[n][b] = used ? from[(n*NB + b)*WARP_SIZE] : make_uint4(0, 0, 0, 0);
             }
-            scale[n] = q0 + 4*n + t < nq ? (f.scale + (uint64_t) index*(uint32_t) (4*f.n4))[q0 + 4*n + t] : 0.0f;
+            scale[n] = q0 + 4*n + t < nq ? f.scale_of(index)[q0 + 4*n + t] : 0.0f;
         }
-        pred = f.pred + (uint64_t) index*(uint32_t) (4*f.n4*SEQKV_FRAME) + (q0 + t)*SEQKV_FRAME;
+        pred = f.pred_of(index) + (q0 + t)*SEQKV_FRAME;
         at   = origin;
     };
     int  seen[NT]; // bit of this lane's query in a cell's word
@@ -596,7 +602,7 @@ static __global__ void __launch_bounds__(max_warps(D, NT)*WARP_SIZE, 1) decode_k
 #pragma unroll 1
         for (int half = 0; half < 2; ++half) {
             wait_for(half);
-#pragma unroll (AT_ONCE)
+#pragma unroll 1
             for (int sub = 0; sub < ROWS; sub += KEYS) {
                 int   c2[MT][2];      // cells of keys g and g + 8 of each 16
                 float pred2[NT][MT][2]; // their predictions if there is one origin, long before they are needed
@@ -906,7 +912,7 @@ static __global__ void __launch_bounds__(max_warps(D, NT)*WARP_SIZE, 1) decode_k
         turn_v ^= 1;
     }
 
-    merge_warps<D, NT, max_warps(D, NT)>(a, parts, (float *) smem_raw, m, l, acc, s, h0, plan.heads, plan.teams, q0, blockIdx.x);
+    merge_warps<D, NT, max_warps(D, NT)>(a, parts, (float *) smem_raw, m, l, acc, s, h0, plan.heads, plan.teams, plan.inv_heads, q0, blockIdx.x);
 }
 
 // Static shared memory of decode_kernel: barriers, maxima and sums
@@ -921,7 +927,8 @@ template <int D, int NT, int KIND> static block_plan plan_block(const seqkv_view
             continue;
         }
         block_plan plan = {};
-        plan.heads = heads;
+        plan.heads     = heads;
+        plan.inv_heads = (65536 + heads - 1)/heads;
         const auto rows = [&](const char * cells, int64_t nb1, int64_t nb2, int size, int & pitch, bool & whole) {
             whole = heads == a.p.n_head_kv && nb1 == (int64_t) size*heads && (((uintptr_t) cells | nb2) & 15) == 0;
             pitch = whole ? (int) nb1 : 16*((15 + size*heads + 15)/16 | 1); // an odd number of 16 bytes: fewer conflicts
@@ -943,18 +950,27 @@ template <int D, int NT, int KIND> static block_plan plan_block(const seqkv_view
 template <int D, bool DENSE>
 static void launch_queries(ggml_backend_cuda_context & ctx, const seqkv_view & a, const frame_queries & f, const seqkv_parts & parts, const first_tiles & ahead) {
     constexpr size_t smem = query_smem(D, DENSE);
-    static_assert(WARPS*EXACT*D*sizeof(float) <= smem, "exact rows work in the same memory");
     CUDA_SET_SHARED_MEMORY_LIMIT((queries_kernel<D, DENSE>), smem);
-    const int nq = a.n_tokens*a.group, n_q = std::min(nq, QUERY_ROWS), n_exact = parts.n_parts - parts.n_z, exact = (n_exact + WARPS - 1)/WARPS;
+    const int nq = a.n_tokens*a.group, n_q = std::min(nq, QUERY_ROWS), n_exact = parts.n_parts - parts.n_z, heads = a.p.n_head_kv*a.n_stream;
+    static int fits[GGML_CUDA_MAX_DEVICES] = { 0 }; // blocks of a multiprocessor
+    int & fit = fits[ctx.device];
+    if (fit == 0) {
+        CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&fit, queries_kernel<D, DENSE>, THREADS, smem));
+    }
+    const int at_once = ggml_cuda_info().devices[ctx.device].nsm*std::max(1, fit)/heads; // blocks of a KV head that run at the same time
     query_tiles tiles;
     tiles.frames = QUERY_ROWS/n_q;
     tiles.n      = (f.n_frames + tiles.frames - 1)/tiles.frames*((nq + QUERY_ROWS - 1)/QUERY_ROWS);
-    tiles.inv    = (65536 + n_q - 1)/n_q;
+    tiles.inv    = (65536 + tiles.frames - 1)/tiles.frames;
     tiles.blocks = (tiles.n + WARPS - 1)/WARPS;
+    tiles.exact  = (n_exact + WARPS - 1)/WARPS;
     if (DENSE) { // each block loads D
-        tiles.blocks = std::min(tiles.blocks, std::max(1, 3*ggml_cuda_info().devices[ctx.device].nsm/(a.p.n_head_kv*a.n_stream) - exact));
+        tiles.blocks = std::min(tiles.blocks, std::max(1, at_once - tiles.exact));
+    } else if (at_once > 0) { // exact rows in two or three goes, if there are no more blocks then than can run one after the other in whole waves
+        const int rest = (at_once - tiles.blocks%at_once)%at_once;
+        tiles.exact = 3*rest >= tiles.exact ? std::min(rest, tiles.exact) : tiles.exact;
     }
-    ggml_cuda_kernel_launch((queries_kernel<D, DENSE>), ggml_cuda_kernel_launch_params(dim3(tiles.blocks + exact, a.p.n_head_kv, a.n_stream), dim3(THREADS), smem, ctx.stream()),
+    ggml_cuda_kernel_launch((queries_kernel<D, DENSE>), ggml_cuda_kernel_launch_params(dim3(a.p.n_head_kv, tiles.blocks + tiles.exact, a.n_stream), dim3(THREADS), smem, ctx.stream()),
         a, f, parts, tiles, ahead, a.k_new != nullptr);
 }
 

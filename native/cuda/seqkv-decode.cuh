@@ -36,9 +36,9 @@ template <typename F> static auto decode_kinds(const ggml_tensor * dst, F f) {
     }
 }
 
-SEQKV_FN int64_t part_index(const seqkv_view & a, const seqkv_parts & parts, int s, int h, int iq, int part) {
+SEQKV_FN int part_index(const seqkv_view & a, const seqkv_parts & parts, int s, int h, int iq, int part) {
     const int t = a.token_of(iq);
-    return (((int64_t) s*a.n_tokens + t)*a.n_head + h*a.group + iq - t*a.group)*parts.n_parts + part;
+    return ((s*a.n_tokens + t)*a.n_head + h*a.group + iq - t*a.group)*parts.n_parts + part;
 }
 
 // 2*n bytes as n values
@@ -52,6 +52,15 @@ template <int N> struct half_vector {
             *(uint2 *) w = *(const uint2 *) x;
         } else {
             *(uint4 *) w = *(const uint4 *) x;
+        }
+    }
+    __device__ __forceinline__ void store(half * x) const {
+        if constexpr (N == 2) {
+            *(uint32_t *) x = w[0];
+        } else if constexpr (N == 4) {
+            *(uint2 *) x = *(const uint2 *) w;
+        } else {
+            *(uint4 *) x = *(const uint4 *) w;
         }
     }
     __device__ __forceinline__ float value(int i) const {
@@ -87,81 +96,162 @@ SEQKV_FN float sum16(float (&x)[16], int lane) {
     return x[0] + __shfl_xor_sync(0xffffffff, x[0], 1);
 }
 
-// FRAME: the row of token t of one KV head, by a warp
-template <int D> static __device__ void frame_row(const seqkv_view & a, int s, int h, int t) {
-    constexpr int V = D/WARP_SIZE;
-    const int     i0 = threadIdx.x%WARP_SIZE*V, half_rot = a.p.n_rot/2;
-    const int64_t token = (int64_t) s*a.n_tokens + t;
-    const float * k = (const float *) (a.k_new + h*a.k_new_nb1 + token*a.k_new_nb2), * v = (const float *) (a.v_new + h*a.v_new_nb1 + token*a.v_new_nb2);
-    const float2 * cs = (const float2 *) a.rot.origin(a.meta[(int64_t) s*a.n_virt + a.p.n_kv + a.p.n_win + t]);
-    half * row = a.cur_row(s, t) + h*D;
+// Pairs of values that are rotated together, P neighbouring ones: where their first and second values are in a head of D. A lane has V/2 pairs of V values.
+// Values that are not rotated are pairs of neighbours.
+template <int P> struct value_pairs {
+    int  first, second, pair;
+    bool rotated, turned; // turned: two pairs of neighbours, first has both values of one and second of the other
+
+    __device__ __forceinline__ value_pairs(const ggml_seqkv_params & p, int pair) : pair(pair), rotated(pair < p.n_rot/2) {
+        const bool halves = p.neox && rotated;
+        first  = halves ? pair : 2*pair;
+        second = halves ? pair + p.n_rot/2 : 2*pair + P;
+        turned = P == 2 && !halves;
+    }
+    __device__ __forceinline__ void turn(float (&x)[P], float (&y)[P]) const {
+        if constexpr (P == 2) {
+            const float z = x[1];
+            x[1] = turned ? y[0] : z;
+            y[0] = turned ? z : y[0];
+        }
+    }
+    __device__ __forceinline__ void load(const float * src, float (&x)[P], float (&y)[P]) const {
 #pragma unroll
-    for (int c = 0; c < V; ++c) {
-        const int    i      = i0 + c, pair = a.p.neox ? (i >= half_rot ? i - half_rot : i) : i/2;
-        const bool   second = a.p.neox ? i >= half_rot : i & 1, rotated = i < a.p.n_rot;
-        const float2 f      = rotated ? cs[pair] : make_float2(1.0f, 0.0f);
-        const float  other  = k[!rotated ? i : !a.p.neox ? i ^ 1 : second ? i - half_rot : i + half_rot];
-        row[i] = __float2half(k[i]*f.x + (second ? -other : other)*f.y);
-        row[a.p.n_head_kv*D + i] = __float2half(v[i]);
+        for (int i = 0; i < P; ++i) {
+            x[i] = src[first  + i];
+            y[i] = src[second + i];
+        }
+        turn(x, y);
+    }
+    __device__ __forceinline__ void load(const half * src, float (&x)[P], float (&y)[P]) const {
+        if constexpr (P == 2) {
+            *(float2 *) x = __half22float2(*(const half2 *) (src + first));
+            *(float2 *) y = __half22float2(*(const half2 *) (src + second));
+        } else {
+            x[0] = __half2float(src[first]);
+            y[0] = __half2float(src[second]);
+        }
+        turn(x, y);
+    }
+    // cosines and sines of a row of rot
+    __device__ __forceinline__ void load_rotation(const float * row, float (&cs)[2*P]) const {
+#pragma unroll
+        for (int i = 0; i < 2*P; ++i) {
+            cs[i] = i%2 == 0 ? 1.0f : 0.0f;
+        }
+        if (rotated) {
+            if constexpr (P == 2) {
+                *(float4 *) cs = *(const float4 *) (row + 2*pair);
+            } else {
+                *(float2 *) cs = *(const float2 *) (row + 2*pair);
+            }
+        }
+    }
+};
+
+// A lane's pointer. base: one that is known to be of global memory, as the result is then
+template <typename T> SEQKV_FN T * from_lane(T * base, T * x, int lane) { return base + __shfl_sync(0xffffffff, (long long) (x - base), lane); }
+
+// by the angles of cs, or back
+template <int P, bool BACK> SEQKV_FN void rotate(const float (&cs)[2*P], float (&x)[P], float (&y)[P]) {
+#pragma unroll
+    for (int i = 0; i < P; ++i) {
+        const float c = cs[2*i], sine = BACK ? -cs[2*i + 1] : cs[2*i + 1], x0 = x[i];
+        x[i] = x0*c - y[i]*sine;
+        y[i] = y[i]*c + x0*sine;
     }
 }
 
-// Exact rows [j0, j0 + EXACT) of one KV head for queries [q0, q0 + nq), by one warp: plain float arithmetic, a lane D/32 neighbouring values.
-// keys: (EXACT, D) scratch of the warp. early: no kernel before this one that may still run writes what is read here, but for what is of this ubatch
+// Exact rows [j0, j0 + EXACT) of one KV head for queries [q0, q0 + nq), by one warp: plain float arithmetic, a lane D/64 pairs of a key and D/32 neighbouring
+// values. Code that is run once: what counts is how much it is. Rows of this ubatch are made, as FRAME would, if a.k_new is there.
+// early: no kernel before this one that may still run writes what is read here, but for what is of this ubatch
 template <int D>
-static __device__ void exact_part(const seqkv_view & a, const seqkv_parts & parts, float * keys, int s, int h, int q0, int nq, int j0, int part, bool early) {
-    constexpr int V = D/WARP_SIZE, QUERIES = 16/EXACT; // at a time
-    const int lane = threadIdx.x%WARP_SIZE, n = min(EXACT, a.n_virt - j0), half_rot = a.p.n_rot/2;
+static __device__ void exact_part(const seqkv_view & a, const seqkv_parts & parts, int s, int h, int q0, int nq, int j0, int part, bool early) {
+    constexpr int V = D/WARP_SIZE, P = V == 2 ? 1 : 2, T = V/2/P, QUERIES = 16/EXACT; // at a time
+    const int lane = threadIdx.x%WARP_SIZE, n = min(EXACT, a.n_virt - j0);
     const int e_own = lane/2/QUERIES, q_own = lane/2%QUERIES; // row and query whose logit this lane gets
+    const int n_old = a.p.n_kv + a.p.n_win - j0;              // rows that are not of this ubatch
+    const bool waits = early && n_old < n;
+    if (waits && !a.k_new) {
+        ggml_cuda_pdl_sync();
+    }
 
-    const int t0 = j0 - a.p.n_kv - a.p.n_win; // the first row's token of the ubatch
-    if (early && t0 + n > 0) {
+    // everything that is read, at once; rows behind the last one are that one
+    const int     own_j    = j0 + min(lane, n - 1);
+    const int32_t own_meta = a.meta[(int64_t) s*a.n_virt + own_j];
+    const half  * own_row  = a.exact(s, own_j) + h*D;
+    const float * own_rot  = a.rot.origin(max(0, own_meta));
+    float x[EXACT][T][P], y[EXACT][T][P], cs[EXACT][T][2*P];
+    half_vector<V> v[EXACT];
+#pragma unroll
+    for (int e = 0; e < EXACT; ++e) {
+        const half * row = from_lane((const half *) a.win, own_row, e);
+#pragma unroll
+        for (int i = 0; i < T; ++i) {
+            value_pairs<P>(a.p, P*(lane + i*WARP_SIZE)).load(row, x[e][i], y[e][i]);
+        }
+        v[e].load(row + a.p.n_head_kv*D + V*lane);
+    }
+#pragma unroll
+    for (int e = 0; e < EXACT; ++e) {
+        const float * row = from_lane(a.rot.base, own_rot, e);
+#pragma unroll
+        for (int i = 0; i < T; ++i) {
+            value_pairs<P>(a.p, P*(lane + i*WARP_SIZE)).load_rotation(row, cs[e][i]);
+        }
+    }
+    const bool used = __shfl_sync(0xffffffff, own_meta, e_own) >= 0 && e_own < n;
+
+    if (waits && a.k_new) {
         ggml_cuda_pdl_sync();
 #pragma unroll 1
-        for (int t = a.k_new ? max(0, t0) : t0 + n; t < t0 + n; ++t) {
-            frame_row<D>(a, s, h, t);
+        for (int e = max(0, n_old); e < n; ++e) {
+            const int     t     = e - n_old;
+            const int64_t token = (int64_t) s*a.n_tokens + t;
+            const float * k_src = (const float *) (a.k_new + h*a.k_new_nb1 + token*a.k_new_nb2), * v_src = (const float *) (a.v_new + h*a.v_new_nb1 + token*a.v_new_nb2) + V*lane;
+            const float * rot   = from_lane(a.rot.base, own_rot, e);
+            half        * dst   = from_lane(a.cur, (half *) own_row, e);
+#pragma unroll
+            for (int i = 0; i < T; ++i) {
+                const value_pairs<P> pairs(a.p, P*(lane + i*WARP_SIZE));
+                float x_new[P], y_new[P], cs_new[2*P];
+                pairs.load(k_src, x_new, y_new);
+                pairs.load_rotation(rot, cs_new);
+                rotate<P, true>(cs_new, x_new, y_new);
+                pairs.turn(x_new, y_new);
+#pragma unroll
+                for (int c = 0; c < P; ++c) {
+                    dst[pairs.first  + c] = __float2half(x_new[c]);
+                    dst[pairs.second + c] = __float2half(y_new[c]);
+                }
+                pairs.turn(x_new, y_new);
+#pragma unroll
+                for (int c = 0; c < P; ++c) {
+#pragma unroll
+                    for (int k = 0; k < EXACT; ++k) { // and those behind the last one
+                        x[k][i][c] = k >= e ? __half2float(__float2half(x_new[c])) : x[k][i][c];
+                        y[k][i][c] = k >= e ? __half2float(__float2half(y_new[c])) : y[k][i][c];
+                    }
+                }
+            }
+            half_vector<V> v_new;
+#pragma unroll
+            for (int c = 0; c < V; c += 2) {
+                const half2 both = __floats2half2_rn(v_src[c], v_src[c + 1]);
+                v_new.w[c/2] = *(const uint32_t *) &both;
+            }
+            v_new.store(dst + a.p.n_head_kv*D + V*lane);
+#pragma unroll
+            for (int k = 0; k < EXACT; ++k) {
+                v[k] = k >= e ? v_new : v[k];
+            }
         }
-        __syncwarp();
-    }
-
-    // everything that is read, at once
-    const int32_t * meta = a.meta + (int64_t) s*a.n_virt + j0;
-    half_vector<V> k_raw[EXACT], v_raw[EXACT];
-    int32_t origin[EXACT];
-#pragma unroll
-    for (int e = 0; e < EXACT; ++e) {
-        const half * row = a.exact(s, j0 + min(e, n - 1)) + h*D + V*lane;
-        origin[e] = meta[min(e, n - 1)];
-        k_raw[e].load(row);
-        v_raw[e].load(row + a.p.n_head_kv*D);
-    }
-    const bool used = e_own < n && meta[min(e_own, n - 1)] >= 0;
-    float2 cs[EXACT][V];
-#pragma unroll
-    for (int e = 0; e < EXACT; ++e) {
-#pragma unroll
-        for (int c = 0; c < V; ++c) {
-            const int i = V*lane + c, pair = a.p.neox ? (i >= half_rot ? i - half_rot : i) : i/2;
-            cs[e][c] = origin[e] >= 0 && i < a.p.n_rot ? ((const float2 *) a.rot.origin(origin[e]))[pair] : make_float2(1.0f, 0.0f);
-        }
     }
 #pragma unroll
     for (int e = 0; e < EXACT; ++e) {
 #pragma unroll
-        for (int c = 0; c < V; ++c) {
-            keys[e*D + V*lane + c] = k_raw[e].value(c);
-        }
-    }
-    __syncwarp();
-    float k[EXACT][V];
-#pragma unroll
-    for (int e = 0; e < EXACT; ++e) {
-#pragma unroll
-        for (int c = 0; c < V; ++c) {
-            const int  i      = V*lane + c;
-            const bool second = a.p.neox ? i >= half_rot : i & 1;
-            const int  other  = i >= a.p.n_rot ? i : !a.p.neox ? i ^ 1 : second ? i - half_rot : i + half_rot;
-            k[e][c] = k_raw[e].value(c)*cs[e][c].x + (second ? keys[e*D + other] : -keys[e*D + other])*cs[e][c].y;
+        for (int i = 0; i < T; ++i) {
+            rotate<P, false>(cs[e][i], x[e][i], y[e][i]);
         }
     }
     if (early) {
@@ -169,42 +259,50 @@ static __device__ void exact_part(const seqkv_view & a, const seqkv_parts & part
     }
 #pragma unroll 1
     for (int iq0 = 0; iq0 < nq; iq0 += QUERIES) {
-        const int  token = a.token_of(q0 + min(iq0 + q_own, nq - 1));
+        const int  own   = q0 + min(iq0 + q_own, nq - 1), token = a.token_of(own);
+        const int  own_q = (int) ((const char *) a.query_of(s, h, own) - a.q), own_at = part_index(a, parts, s, h, own, part);
         const bool keep  = used && (((const uint16_t *) a.mask_row(s, token))[j0 + min(e_own, n - 1)] & 0x7fff) == 0;
         float dot[16];
 #pragma unroll
         for (int i = 0; i < QUERIES; ++i) {
-            const float * q = a.query_of(s, h, q0 + min(iq0 + i, nq - 1)) + V*lane;
-            float x[V];
+            const float * q = (const float *) (a.q + __shfl_sync(0xffffffff, own_q, 2*i));
+            float qx[T][P], qy[T][P];
 #pragma unroll
-            for (int c = 0; c < V; c += 2) {
-                *(float2 *) (x + c) = *(const float2 *) (q + c);
+            for (int k = 0; k < T; ++k) {
+                const value_pairs<P> pairs(a.p, P*(lane + k*WARP_SIZE));
+                if constexpr (P == 2) {
+                    *(float2 *) qx[k] = *(const float2 *) (q + pairs.first);
+                    *(float2 *) qy[k] = *(const float2 *) (q + pairs.second);
+                    pairs.turn(qx[k], qy[k]);
+                } else {
+                    pairs.load(q, qx[k], qy[k]);
+                }
             }
 #pragma unroll
             for (int e = 0; e < EXACT; ++e) {
                 float sum = 0.0f;
 #pragma unroll
-                for (int c = 0; c < V; ++c) {
-                    sum += x[c]*k[e][c];
+                for (int c = 0; c < T*P; ++c) {
+                    sum = fmaf(qy[c/P][c%P], y[e][c/P][c%P], fmaf(qx[c/P][c%P], x[e][c/P][c%P], sum));
                 }
                 dot[e*QUERIES + i] = sum;
             }
         }
         const float logit = sum16(dot, lane);
-        const float x = keep ? seqkv_logit(logit, a.p) : -INFINITY;
-        float m = x;
+        const float z = keep ? seqkv_logit(logit, a.p) : -INFINITY;
+        float m = z;
 #pragma unroll
         for (int i = 2*QUERIES; i < WARP_SIZE; i *= 2) {
             m = fmaxf(m, __shfl_xor_sync(0xffffffff, m, i));
         }
-        const float p = x == -INFINITY ? 0.0f : __expf(x - m);
+        const float p = z == -INFINITY ? 0.0f : __expf(z - m);
         float l = p;
 #pragma unroll
         for (int i = 2*QUERIES; i < WARP_SIZE; i *= 2) {
             l += __shfl_xor_sync(0xffffffff, l, i);
         }
         if (lane%2 == 0 && e_own == 0 && iq0 + q_own < nq) {
-            parts.ml[part_index(a, parts, s, h, q0 + iq0 + q_own, part)] = make_float2(m, l);
+            parts.ml[own_at] = make_float2(m, l);
         }
 #pragma unroll
         for (int i = 0; i < QUERIES; ++i) {
@@ -214,11 +312,12 @@ static __device__ void exact_part(const seqkv_view & a, const seqkv_parts & part
                 const float pe = __shfl_sync(0xffffffff, p, 2*(e*QUERIES + i));
 #pragma unroll
                 for (int c = 0; c < V; ++c) {
-                    sum[c] += pe*v_raw[e].value(c);
+                    sum[c] += pe*v[e].value(c);
                 }
             }
+            const int at = __shfl_sync(0xffffffff, own_at, 2*i);
             if (iq0 + i < nq) {
-                float * dst = parts.acc + part_index(a, parts, s, h, q0 + iq0 + i, part)*D + V*lane;
+                float * dst = parts.acc + (int64_t) at*D + V*lane;
 #pragma unroll
                 for (int c = 0; c < V; c += 2) {
                     *(float2 *) (dst + c) = make_float2(sum[c], sum[c + 1]);
@@ -293,10 +392,10 @@ static constexpr __host__ __device__ int merge_pitch(int d) { return d + 8; } //
 // The warps of a KV head share its queries. Nothing else runs meanwhile, so what counts is how long the longest chain takes.
 template <int D, int NT, int MAX_WARPS>
 SEQKV_FN void merge_warps(const seqkv_view & a, const seqkv_parts & parts, float * all, const float (&m)[NT], const float (&l)[NT],
-        const float (&acc)[NT][D/16][2], int s, int h0, int heads, int teams, int q0, int part) {
+        const float (&acc)[NT][D/16][2], int s, int h0, int heads, int teams, int inv_heads, int q0, int part) {
     constexpr int PIECES = D/4; // of a query
     const int warp = threadIdx.x/WARP_SIZE, lane = threadIdx.x%WARP_SIZE, g = lane/4, t = lane%4;
-    const int team = warp/heads, head = warp - team*heads, n_q = min(4*NT, a.n_tokens*a.group - q0);
+    const int team = warp*inv_heads >> 16, head = warp - team*heads, n_q = min(4*NT, a.n_tokens*a.group - q0);
     __shared__ float2 warp_ml[MAX_WARPS][4*NT];
     float sum_l[NT];
 #pragma unroll
@@ -333,8 +432,8 @@ SEQKV_FN void merge_warps(const seqkv_view & a, const seqkv_parts & parts, float
             x = make_float4(x.x + f*y.x, x.y + f*y.y, x.z + f*y.z, x.w + f*y.w);
             sum += f*ml.y;
         }
-        const int64_t at = part_index(a, parts, s, h0 + head, q0 + query, part);
-        *(float4 *) (parts.acc + at*D + i%PIECES*4) = x;
+        const int at = part_index(a, parts, s, h0 + head, q0 + query, part);
+        *(float4 *) (parts.acc + (int64_t) at*D + i%PIECES*4) = x;
         if (i%PIECES == 0) {
             parts.ml[at] = make_float2(max/1.44269504f, sum);
         }

@@ -197,22 +197,30 @@ SEQKV_FN uint4 hadamard8(int n, int k) {
     return make_uint4(base, base ^ w1, base ^ w2, base ^ w1 ^ w2);
 }
 
-// acc <- z H, not normalized, for 16 rows z (16, D + 8) in shared memory; acc: C fragments. Within 16 columns on tensor cores, between them by sums and
+// acc <- z H, not normalized, for 16 rows z (16, D + 8) in shared memory; acc: C fragments. Within WIDTH columns on tensor cores, between them by sums and
 // differences. b: B fragments of the matrix of 16, for two tiles of columns
-template <int D> SEQKV_FN void hadamard_mma(const half * z, const uint32_t (&b)[2][2], float (&acc)[D/8][4]) {
+template <int D, int WIDTH> SEQKV_FN void hadamard_mma(const half * z, const uint32_t (&b)[2][2], float (&acc)[D/8][4]) {
     const int lane = threadIdx.x%WARP_SIZE;
+    const uint32_t minus[2][2] = { { b[0][0] ^ 0x80008000, b[0][1] ^ 0x80008000 }, { b[1][0] ^ 0x80008000, b[1][1] ^ 0x80008000 } };
 #pragma unroll
-    for (int k = 0; k < D/16; ++k) {
-        uint32_t x[4];
-        load_a(x, z + lane%16*(D + 8) + 16*k + lane/16*8);
+    for (int k0 = 0; k0 < D/16; k0 += WIDTH/16) {
 #pragma unroll
-        for (int n = 0; n < 2; ++n) {
-            acc[2*k + n][0] = acc[2*k + n][1] = acc[2*k + n][2] = acc[2*k + n][3] = 0.0f;
-            mma_f16(acc[2*k + n], x, b[n][0], b[n][1]);
+        for (int i = 0; i < WIDTH/16; ++i) {
+            uint32_t x[4];
+            load_a(x, z + lane%16*(D + 8) + 16*(k0 + i) + lane/16*8);
+#pragma unroll
+            for (int n = 0; n < WIDTH/8; ++n) {
+                float (&c)[4] = acc[2*k0 + n];
+                if (i == 0) {
+                    c[0] = c[1] = c[2] = c[3] = 0.0f;
+                }
+                const uint32_t (&s)[2] = (i & n/2) == 1 || (i & n/2) == 2 ? minus[n & 1] : b[n & 1];
+                mma_f16(c, x, s[0], s[1]);
+            }
         }
     }
 #pragma unroll
-    for (int m = 2; m < D/8; m *= 2) {
+    for (int m = WIDTH/8; m < D/8; m *= 2) {
 #pragma unroll
         for (int n = 0; n < D/8; ++n) {
             if (!(n & m)) {

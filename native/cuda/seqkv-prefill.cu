@@ -71,7 +71,7 @@ template <int D>
 SEQKV_FN void hadamard_rows(const half * z, row_values<D> & acc) {
     const int lane = threadIdx.x%WARP_SIZE, g = lane/4, t = lane%4;
     const uint32_t plus = hadamard8(g, 0).x ^ (__popc(g & 2*t) & 1 ? 0x80008000 : 0); // entries (g, 2t), (g, 2t + 1)
-    hadamard_mma<D>(z, { { plus, plus }, { plus, plus ^ 0x80008000 } }, acc);
+    hadamard_mma<D, 16>(z, { { plus, plus }, { plus, plus ^ 0x80008000 } }, acc);
 #pragma unroll
     for (int n = 0; n < D/8; ++n) {
 #pragma unroll

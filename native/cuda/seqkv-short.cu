@@ -60,7 +60,7 @@ template <int D, int NT>
 static __device__ void frame_queries_of(const seqkv_view & a, short_smem<D, NT> & sm, const query_values<D/WARP_SIZE> (&q)[NT], const float2 (&cs)[D/WARP_SIZE],
         const uint32_t (&preds)[D/16][2][2]) {
     constexpr int J = D/WARP_SIZE, LD = sm.LD, LDQ = sm.LDQ, NB = sm.NB;
-    const int warp = threadIdx.x/WARP_SIZE, lane = threadIdx.x%WARP_SIZE, g = lane/4, t = lane%4;
+    const int warp = __shfl_sync(0xffffffff, threadIdx.x/WARP_SIZE, 0), lane = threadIdx.x%WARP_SIZE, g = lane/4, t = lane%4; // the same for all lanes, and known to be
 #pragma unroll
     for (int n = 0; n < NT; ++n) {
         const int r = 4*n + warp;
@@ -166,7 +166,7 @@ static __global__ void __launch_bounds__(THREADS, NT == 4 ? 2 : 3) short_kernel(
     smem_t & all = *(smem_t *) smem_raw;
     const int h = blockIdx.y, s = n_chunks == 1 ? blockIdx.z : blockIdx.z/n_chunks, q0 = (blockIdx.z - s*n_chunks)*4*NT;
     const int nq = a.n_tokens*a.group;
-    const int warp = threadIdx.x/WARP_SIZE, lane = threadIdx.x%WARP_SIZE, g = lane/4, t = lane%4;
+    const int warp = __shfl_sync(0xffffffff, threadIdx.x/WARP_SIZE, 0), lane = threadIdx.x%WARP_SIZE, g = lane/4, t = lane%4; // the same for all lanes, and known to be
     if ((int) blockIdx.x >= parts.n_z) {
         const int part = (blockIdx.x - parts.n_z)*WARPS + warp, j0 = a.p.n_kv + part*EXACT;
         if (!early) {
@@ -174,7 +174,7 @@ static __global__ void __launch_bounds__(THREADS, NT == 4 ? 2 : 3) short_kernel(
         }
         ggml_cuda_pdl_lc();
         if (j0 < a.n_virt) {
-            exact_part<D>(a, parts, (float *) smem_raw + warp*EXACT*D, s, h, q0, min(4*NT, nq - q0), j0, parts.n_z + part, early);
+            exact_part<D>(a, parts, s, h, q0, min(4*NT, nq - q0), j0, parts.n_z + part, early);
         }
         if (early) {
             ggml_cuda_pdl_sync();
@@ -495,7 +495,7 @@ static __global__ void __launch_bounds__(THREADS, NT == 4 ? 2 : 3) short_kernel(
     }
     copy_wait();
     static_assert(WARPS*4*NT*merge_pitch(D)*sizeof(float) <= offsetof(smem_t, dec), "sums of the warps");
-    merge_warps<D, NT, WARPS>(a, parts, (float *) smem_raw, m, l, acc, s, h, 1, WARPS, q0, blockIdx.x);
+    merge_warps<D, NT, WARPS>(a, parts, (float *) smem_raw, m, l, acc, s, h, 1, WARPS, 65536, q0, blockIdx.x);
     if (early) {
         ggml_cuda_pdl_sync();
     }

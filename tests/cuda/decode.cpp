@@ -263,7 +263,7 @@ template <int D> static void check_exact(int n_head_kv, int group, int n_tokens,
     for (int s = 0; s < n_stream; ++s) {
         for (int h = 0; h < n_head_kv; ++h) {
             for (int part = 0; part < parts.n_parts; ++part) {
-                run_block(WARP_SIZE, { 0, 0, 0 }, [&] { exact_part<D>(a, parts, (float *) shared_memory, s, h, 0, n_tokens*group, a.p.n_kv + part*EXACT, part, true); });
+                run_block(WARP_SIZE, { 0, 0, 0 }, [&] { exact_part<D>(a, parts, s, h, 0, n_tokens*group, a.p.n_kv + part*EXACT, part, true); });
             }
         }
     }
