@@ -67,6 +67,9 @@ static ggml_backend_t init_backend(ggml_backend_dev_t dev, const char *) {
         ggml_backend_free((ggml_backend_t) b->context);
         delete b;
     };
+    backend->iface.synchronize  = [](ggml_backend_t) {}; // everything is done at once
+    backend->iface.event_record = [](ggml_backend_t, ggml_backend_event_t) {};
+    backend->iface.event_wait   = [](ggml_backend_t, ggml_backend_event_t) {};
     backend->iface.graph_compute = [](ggml_backend_t b, ggml_cgraph * graph) {
         for (int i = 0; i < ggml_graph_n_nodes(graph); ++i) { // nothing may lie where this device does not reach
             const ggml_tensor * node = ggml_graph_node(graph, i);
@@ -124,11 +127,15 @@ static void make_device(int i, ggml_backend_reg_t reg) {
         props->description = dev->iface.get_description(dev);
         props->type        = dev->iface.get_type(dev);
         dev->iface.get_memory(dev, &props->memory_free, &props->memory_total);
+        props->caps.async = props->caps.events = true; // so that several devices work on ubatches in turns, with copies of inputs for each
     };
     f.init_backend    = init_backend;
     f.get_buffer_type = [](ggml_backend_dev_t dev) { return &of(dev).buft; };
     f.supports_op     = [](ggml_backend_dev_t, const ggml_tensor * op) { return ggml_backend_dev_supports_op(cpu(), op); };
     f.supports_buft   = [](ggml_backend_dev_t dev, ggml_backend_buffer_type_t buft) { return buft == &of(dev).buft; };
+    f.event_new       = [](ggml_backend_dev_t dev) { return new ggml_backend_event { dev, nullptr }; };
+    f.event_free      = [](ggml_backend_dev_t, ggml_backend_event_t e) { delete e; };
+    f.event_synchronize = [](ggml_backend_dev_t, ggml_backend_event_t) {};
     f.offload_op      = [](ggml_backend_dev_t, const ggml_tensor * op) { return batch_size(op) >= MIN_BATCH; };
 }
 
