@@ -389,7 +389,7 @@ static __global__ void __launch_bounds__(W*WARP_SIZE, 1) combine_kernel(seqkv_vi
     constexpr int V = D/WARP_SIZE, AT_ONCE = WARP_SIZE/AHEAD*AHEAD; // parts of a warp whose weights are there at a time
     __shared__ __align__(16) float sums[2][W][D]; // of transformed values, of values
     __shared__ float total[2*D], warp_m[W], warp_l[2][W];
-    const int warp = __shfl_sync(0xffffffff, threadIdx.x/WARP_SIZE, 0), lane = threadIdx.x%WARP_SIZE; // the same for all lanes, and known to be
+    const int warp = seqkv_warp(), lane = threadIdx.x%WARP_SIZE;
     const int head = blockIdx.x, h = a.token_of(head);
     const int row  = blockIdx.y*a.n_head + head;
     const float2 * ml  = parts.ml  + (int64_t) row*parts.n_parts + warp;

@@ -12,6 +12,9 @@
 static constexpr int SEQKV_MAX_HEAD   = 256;
 static constexpr int SEQKV_MAX_DECODE = 8; // tokens of a stream up to which attention works on blocks directly
 
+// The warp of this thread: the same for all its lanes, and known to be, or shuffles in loops and branches that depend on it are compiled twice
+SEQKV_FN int seqkv_warp() { return __shfl_sync(0xffffffff, threadIdx.x/WARP_SIZE, 0); }
+
 static inline ggml_seqkv_params seqkv_params(const ggml_tensor * t) {
     ggml_seqkv_params p;
     memcpy(&p, t->op_params, sizeof(p));

@@ -121,7 +121,7 @@ static __global__ void __launch_bounds__(THREADS, D == 256 ? 2 : DENSE ? 3 : 5) 
 
     const int h = blockIdx.x, s = blockIdx.z;
     const int nq = a.n_tokens*a.group;
-    const int warp = __shfl_sync(0xffffffff, threadIdx.x/WARP_SIZE, 0), lane = threadIdx.x%WARP_SIZE, g = lane/4, t = lane%4; // the same for all lanes, and known to be
+    const int warp = seqkv_warp(), lane = threadIdx.x%WARP_SIZE, g = lane/4, t = lane%4;
     half * rows = smem_h + warp*QUERY_ROWS*LD;   // (QUERY_ROWS, LD): rotated queries
 
     // What the blocks of the next kernel ask for all at once. If this graph writes cells: the cache is what others read and write as well.
@@ -385,7 +385,7 @@ static __global__ void __launch_bounds__(max_warps(D, NT)*WARP_SIZE, 1) decode_k
         ggml_cuda_pdl_sync();
     }
     ggml_cuda_pdl_lc();
-    const int warp = __shfl_sync(0xffffffff, threadIdx.x/WARP_SIZE, 0), lane = threadIdx.x%WARP_SIZE, g = lane/4, t = lane%4; // the same for all lanes, and known to be
+    const int warp = seqkv_warp(), lane = threadIdx.x%WARP_SIZE, g = lane/4, t = lane%4;
     const int team = warp*plan.inv_heads >> 16, local = warp - team*plan.heads;
     const int h0 = blockIdx.y*plan.heads, h = h0 + local, s = n_chunks == 1 ? blockIdx.z : blockIdx.z/n_chunks, q0 = (blockIdx.z - s*n_chunks)*4*NT;
     const int nq = a.n_tokens*a.group;

@@ -60,7 +60,7 @@ template <int D, int NT>
 static __device__ void frame_queries_of(const seqkv_view & a, short_smem<D, NT> & sm, const query_values<D/WARP_SIZE> (&q)[NT], const float2 (&cs)[D/WARP_SIZE],
         const uint32_t (&preds)[D/16][2][2]) {
     constexpr int J = D/WARP_SIZE, LD = sm.LD, LDQ = sm.LDQ, NB = sm.NB;
-    const int warp = __shfl_sync(0xffffffff, threadIdx.x/WARP_SIZE, 0), lane = threadIdx.x%WARP_SIZE, g = lane/4, t = lane%4; // the same for all lanes, and known to be
+    const int warp = seqkv_warp(), lane = threadIdx.x%WARP_SIZE, g = lane/4, t = lane%4;
 #pragma unroll
     for (int n = 0; n < NT; ++n) {
         const int r = 4*n + warp;
@@ -166,7 +166,7 @@ static __global__ void __launch_bounds__(THREADS, NT == 4 ? 2 : 3) short_kernel(
     smem_t & all = *(smem_t *) smem_raw;
     const int h = blockIdx.y, s = n_chunks == 1 ? blockIdx.z : blockIdx.z/n_chunks, q0 = (blockIdx.z - s*n_chunks)*4*NT;
     const int nq = a.n_tokens*a.group;
-    const int warp = __shfl_sync(0xffffffff, threadIdx.x/WARP_SIZE, 0), lane = threadIdx.x%WARP_SIZE, g = lane/4, t = lane%4; // the same for all lanes, and known to be
+    const int warp = seqkv_warp(), lane = threadIdx.x%WARP_SIZE, g = lane/4, t = lane%4;
     if ((int) blockIdx.x >= parts.n_z) {
         const int part = (blockIdx.x - parts.n_z)*WARPS + warp, j0 = a.p.n_kv + part*EXACT;
         if (!early) {
