@@ -126,3 +126,46 @@ struct ggml_tensor * ggml_seqkv_attn(struct ggml_context * ctx, struct ggml_tens
     result->src[9] = prof;
     return result;
 }
+
+// op_params of a kept input, and of a copy of it (version alone)
+struct kept_input {
+    uint64_t begin, end;
+    int32_t  kept, version, base;
+};
+
+static struct kept_input get_kept(const struct ggml_tensor * t) {
+    static_assert(sizeof(struct kept_input) <= GGML_MAX_OP_PARAMS, "op params too large");
+    struct kept_input k;
+    memcpy(&k, t->op_params, sizeof(k));
+    return k;
+}
+
+static void set_kept(struct ggml_tensor * t, struct kept_input k) { memcpy(t->op_params, &k, sizeof(k)); }
+
+void ggml_seqkv_keep_input(struct ggml_tensor * input) {
+    struct kept_input k = { 0, 0, 1, 0, 0 };
+    set_kept(input, k);
+}
+
+bool ggml_seqkv_is_kept(const struct ggml_tensor * input) {
+    return input->op == GGML_OP_NONE && (input->flags & GGML_TENSOR_FLAG_INPUT) && !input->view_src && get_kept(input).kept == 1;
+}
+
+void ggml_seqkv_set_change(struct ggml_tensor * input, int32_t version, int32_t base, size_t begin, size_t end) {
+    struct kept_input k = { begin, end, get_kept(input).kept, version, base };
+    set_kept(input, k);
+}
+
+bool ggml_seqkv_take_change(const struct ggml_tensor * input, struct ggml_tensor * copy, size_t * begin, size_t * end) {
+    if (!ggml_seqkv_is_kept(input)) {
+        return false;
+    }
+    const struct kept_input k = get_kept(input);
+    struct kept_input c = get_kept(copy);
+    const bool known = k.base > 0 && c.version == k.base;
+    *begin = k.begin;
+    *end   = k.end;
+    c.version = k.version;
+    set_kept(copy, c);
+    return known;
+}

@@ -107,6 +107,14 @@ GGML_API struct ggml_tensor * ggml_seqkv_attn(struct ggml_context * ctx, struct 
         struct ggml_tensor * cur, struct ggml_tensor * meta, struct ggml_tensor * rot, struct ggml_tensor * prof,
         struct ggml_seqkv_params params);
 
+// Inputs of a graph that is computed again and again, of which little changes: their copies on other backends are kept and get the bytes [begin, end) alone.
+// What an input holds has a version, 1 and up; the change is from version base to this one (0: all of it may have changed).
+GGML_API void ggml_seqkv_keep_input(struct ggml_tensor * input); // when the graph is built
+GGML_API bool ggml_seqkv_is_kept   (const struct ggml_tensor * input);
+GGML_API void ggml_seqkv_set_change(struct ggml_tensor * input, int32_t version, int32_t base, size_t begin, size_t end);
+// Brings the version of a copy up to that of a kept input. Returns whether the bytes [*begin, *end) are all that the caller has to copy; otherwise it is everything
+GGML_API bool ggml_seqkv_take_change(const struct ggml_tensor * input, struct ggml_tensor * copy, size_t * begin, size_t * end);
+
 #ifdef __cplusplus
 }
 #endif

@@ -4,6 +4,7 @@
 #include "ggml-backend.h"
 #include "ggml-cpu.h"
 
+#include <atomic>
 #include <cstdlib>
 #include <cstring>
 #include <string>
@@ -19,6 +20,9 @@ struct device {
 };
 static device devices[N];
 
+static std::atomic<long> n_set; // bytes written to tensors of the devices
+extern "C" long bytes_set() { return n_set; }
+
 static device & of(ggml_backend_dev_t dev) { return *(device *) dev->context; }
 
 //
@@ -29,7 +33,10 @@ static void   free_buffer(ggml_backend_buffer_t b) { free(b->context); }
 static void * get_base   (ggml_backend_buffer_t b) { return b->context; }
 static void   clear      (ggml_backend_buffer_t b, uint8_t value) { memset(b->context, value, b->size); }
 static void   memset_tensor(ggml_backend_buffer_t, ggml_tensor * t, uint8_t value, size_t offset, size_t size) { memset((char *) t->data + offset, value, size); }
-static void   set_tensor(ggml_backend_buffer_t, ggml_tensor * t, const void * data, size_t offset, size_t size) { memcpy((char *) t->data + offset, data, size); }
+static void   set_tensor(ggml_backend_buffer_t, ggml_tensor * t, const void * data, size_t offset, size_t size) {
+    memcpy((char *) t->data + offset, data, size);
+    n_set += size;
+}
 static void   get_tensor(ggml_backend_buffer_t, const ggml_tensor * t, void * data, size_t offset, size_t size) { memcpy(data, (const char *) t->data + offset, size); }
 
 static ggml_backend_buffer_t alloc_buffer(ggml_backend_buffer_type_t buft, size_t size) {

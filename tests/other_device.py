@@ -17,3 +17,21 @@ del test_what_is_written_late_is_kept_until_then  # noqa: F821  (only ggml-cuda 
 def backend() -> str:
     ctypes.CDLL(os.environ["OTHER_DEVICE"]).register_devices()
     return "OTHER"
+
+
+def test_a_token_copies_what_changes(backend: str, gpu: Models) -> None:  # noqa: F405
+    """Behind 3,000 tokens a token costs the copies of f16's cache (its mask), and what little changes of rotations and cells."""
+    count = ctypes.CDLL(os.environ["OTHER_DEVICE"]).bytes_set
+    count.restype = ctypes.c_long
+    usual, mean = {}, {}
+    for kv in ("f16", "seqkv3"):
+        sizes = []
+        with Context(gpu("llama"), Setup(kv=kv, n_ctx=4096)) as c:  # noqa: F405
+            c.decode(text(3000))  # noqa: F405
+            for token in text(150, 1):  # noqa: F405
+                before = count()
+                c.decode([token])
+                sizes.append(count() - before)
+        usual[kv], mean[kv] = sorted(sizes)[75], sum(sizes) / 150
+    assert usual["seqkv3"] - usual["f16"] < 4096
+    assert mean["seqkv3"] - mean["f16"] < 4096

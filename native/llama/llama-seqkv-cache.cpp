@@ -803,6 +803,9 @@ llm_graph_input_seqkv * llm_graph_input_seqkv::build(ggml_context * ctx, llm_gra
         ggml_set_output(t); // what it holds is kept for the next ubatch
         ggml_set_name(t, name);
     }
+    // the mask is not: a copy that is kept gives its memory to nothing else, and a batch's is large
+    ggml_seqkv_keep_input(inp->rot);
+    ggml_seqkv_keep_input(inp->meta);
 
     return (llm_graph_input_seqkv *) res->add_input(std::move(inp));
 }
@@ -837,23 +840,34 @@ void llm_graph_input_seqkv::set_input(const llama_ubatch * ubatch) {
     const bool holds_last = filled != 0 && filled + 1 == ub.id; // the last ubatch's
     filled = ub.id;
 
-    if (holds_last && !ub.anew) {
+    // of elements [first, end) of a tensor, or of all that it has
+    const auto changed = [&](ggml_tensor * t, bool known, size_t first, size_t end) {
+        ggml_seqkv_set_change(t, (int32_t) ub.id, known ? (int32_t) ub.id - 1 : 0, first*ggml_element_size(t), end*ggml_element_size(t));
+    };
+    const bool meta_held = holds_last && !ub.anew;
+    size_t meta_first = (size_t) ub.n_stream*n_virt, meta_end = 0;
+    if (meta_held) {
         for (uint32_t i = 0; i < ub.n_stream; ++i) {
             const int32_t * src = ub.meta.data() + (size_t) i*n_virt;
             int32_t       * dst = (int32_t *) meta->data + (size_t) i*n_virt;
             for (const uint32_t c : ub.written[i]) {
                 dst[c] = src[c];
+                meta_first = std::min<size_t>(meta_first, i*n_virt + c);
             }
             std::copy(src + ub.n_kv, src + n_virt, dst + ub.n_kv);
+            meta_first = std::min<size_t>(meta_first, i*n_virt + ub.n_kv);
+            meta_end   = (size_t) (i + 1)*n_virt;
         }
     } else {
         memcpy(meta->data, ub.meta.data(), ggml_nbytes(meta));
     }
+    changed(meta, meta_held, meta_first, meta_end);
     memcpy(win_idxs->data, ub.win_idxs.data(), ggml_nbytes(win_idxs));
 
     // rotations: offsets, then the origins; only origins that changed since the last ubatch are computed
     const size_t n_orig = ub.origins.size();
     const size_t stride = sk.n_rot_max;
+    size_t rot_first = ggml_nelements(rot), rot_end = 0;
     GGML_ASSERT(rot->ne[1] >= (int64_t) (SEQKV_FRAME + n_orig) && rot->ne[2] == (int64_t) sk.rope_sets.size());
     for (size_t set = 0; set < sk.rope_sets.size(); ++set) {
         auto & rows = sk.rot_rows[set];
@@ -870,6 +884,9 @@ void llm_graph_input_seqkv::set_input(const llama_ubatch * ubatch) {
                 float * row = rows.data() + (SEQKV_FRAME + r)*stride;
                 sk.rot_row(sk.rope_sets[set], ub.origins[r], row);
                 std::copy_n(row, stride, dst + (SEQKV_FRAME + r)*stride);
+                const size_t at = dst - (float *) rot->data + (SEQKV_FRAME + r)*stride;
+                rot_first = std::min(rot_first, at);
+                rot_end   = std::max(rot_end, at + stride);
             }
         }
         if (!holds_last) {
@@ -877,6 +894,7 @@ void llm_graph_input_seqkv::set_input(const llama_ubatch * ubatch) {
         }
     }
     sk.rot_origins = ub.origins;
+    changed(rot, holds_last, rot_first, rot_end);
 
     // mask. Rows of a sequence's tokens differ in the cells behind the first of these, and in the exact ones
     const ggml_fp16_t keep = ggml_fp32_to_fp16(0.0f);
