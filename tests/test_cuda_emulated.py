@@ -37,7 +37,7 @@ def build(where: Path, arch: int, broken: tuple[str, str] | None = None) -> Path
         assert f'#include "{old}"' in common
         common = common.replace(f'#include "{old}"', f'#include "{new}"')
     (where / "seqkv-common.cuh").write_text(common)
-    cells = without((CUDA / "seqkv-cells.cuh").read_text(), "// value i of a head of another type", "// words of a block's planes")
+    cells = without((CUDA / "seqkv-cells.cuh").read_text(), "// value i of a head of another type", "// N words of shared memory")
     (where / "seqkv-cells.cuh").write_text(cells.replace('#include "../../ggml-cuda/dequantize.cuh"\n', ""))
     kernels = without((CUDA / "seqkv-decode-kernels.cuh").read_text(), "template <int D, bool DENSE>\nstatic void launch_queries", "")
     for kind, name in (("char", "smem_raw"), ("half", "smem_h")):

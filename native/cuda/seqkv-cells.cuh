@@ -34,31 +34,54 @@ SEQKV_FN float other_value(ggml_type type, const char * src, int i) {
     return j < 16 ? v.x : v.y;
 }
 
+// N words of shared memory. Rows of a warp's lanes begin in a fourth of the banks; CROSSED: lanes from 16 on read neighbouring words in the other order.
+template <int N, bool CROSSED> SEQKV_FN void read_words(const uint32_t * raw, uint32_t (&x)[N]) {
+    if constexpr (CROSSED) {
+        const int upper = threadIdx.x >> 4 & 1;
+        const uint32_t * a = raw + upper, * b = raw + 1 - upper;
+#pragma unroll
+        for (int i = 0; i + 1 < N; i += 2) {
+            const uint32_t u = a[i], v = b[i];
+            x[i]     = upper ? v : u;
+            x[i + 1] = upper ? u : v;
+        }
+        if (N%2) {
+            x[N - 1] = raw[N - 1];
+        }
+    } else {
+#pragma unroll
+        for (int i = 0; i < N; ++i) {
+            x[i] = raw[i];
+        }
+    }
+}
+
 // words of a block's planes and its gains from a byte of raw words
-template <int bits, int graded> SEQKV_FN void read_block(const uint32_t * raw, uint32_t byte, uint32_t & gain, uint32_t (&w)[2*bits]) {
+template <int bits, int graded, bool CROSSED = false> SEQKV_FN void read_block(const uint32_t * raw, uint32_t byte, uint32_t & gain, uint32_t (&w)[2*bits]) {
     raw += byte/4;
-    uint32_t shift = byte%4*8, x = raw[0];
-    gain = x >> shift;
+    uint32_t shift = byte%4*8;
     if constexpr (!graded) {
+        uint32_t x[2*bits + 1];
+        read_words<2*bits + 1, CROSSED>(raw, x);
+        gain = x[0] >> shift;
         shift += 8; // of 32 the next word is the result
 #pragma unroll
         for (int i = 0; i < 2*bits; ++i) {
-            const uint32_t y = raw[i + 1];
-            w[i] = __funnelshift_rc(x, y, shift);
-            x = y;
+            w[i] = __funnelshift_rc(x[i], x[i + 1], shift);
         }
     } else {
+        gain = raw[0] >> shift;
         if (byte%4 == 3) {
             gain = (gain & 255) | raw[1] << 8;
         }
         raw  += byte%4/2;
         shift = (byte + 2)%4*8;
-        x = raw[0];
+        uint32_t x[2*bits];
+        read_words<2*bits, CROSSED>(raw, x);
+        const uint32_t last = shift ? raw[2*bits] : 0;
 #pragma unroll
         for (int i = 0; i < 2*bits; ++i) {
-            const uint32_t y = i < 2*bits - 1 || shift ? raw[i + 1] : 0;
-            w[i] = __funnelshift_r(x, y, shift);
-            x = y;
+            w[i] = __funnelshift_r(x[i], i < 2*bits - 1 ? x[i + 1] : last, shift);
         }
     }
 }
@@ -134,9 +157,9 @@ template <int B> SEQKV_FN void read_level_table(const uint32_t * table, seqkv_re
 }
 
 // One row's block -> 16 words of levels in stored order and its gains. SHARED: with the tables of load_level_tables, otherwise with constants in the code.
-template <int bits, int graded, bool SHARED> SEQKV_FN uint32_t decode_levels(const uint32_t * raw, int byte, const uint32_t * table, uint32_t * out) {
+template <int bits, int graded, bool SHARED, bool CROSSED = false> SEQKV_FN uint32_t decode_levels(const uint32_t * raw, int byte, const uint32_t * table, uint32_t * out) {
     uint32_t gain, w[2*bits];
-    read_block<bits, graded>(raw, byte, gain, w);
+    read_block<bits, graded, CROSSED>(raw, byte, gain, w);
     constexpr int B0 = graded ? bits + 2 : bits, B1 = bits, B2 = graded ? bits - 1 : bits;
     if constexpr (SHARED) {
         seqkv_registers<B0> t0;
@@ -158,8 +181,8 @@ template <int bits, int graded, bool SHARED> SEQKV_FN uint32_t decode_levels(con
     return gain;
 }
 
-template <int bits, int graded, bool SHARED> SEQKV_FN void decode_block(const uint32_t * raw, int byte, const uint32_t * table, uint32_t * out, float (&factor)[3]) {
-    factors_of<bits, graded>(decode_levels<bits, graded, SHARED>(raw, byte, table, out), factor);
+template <int bits, int graded, bool SHARED, bool CROSSED = false> SEQKV_FN void decode_block(const uint32_t * raw, int byte, const uint32_t * table, uint32_t * out, float (&factor)[3]) {
+    factors_of<bits, graded>(decode_levels<bits, graded, SHARED, CROSSED>(raw, byte, table, out), factor);
 }
 
 // ... and the factors of its groups

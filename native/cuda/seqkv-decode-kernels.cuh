@@ -16,19 +16,22 @@ static constexpr int MAX_NQ   = 32;       // queries of a KV head
 
 // What the first kernel hands to the second one, by (stream, frame, KV head); n4 tiles of 4 queries
 //   digits: B fragments of the queries, (n4, block of 64, lane) of 16 bytes: lane 4*(2*query + digit) + t, word t of each of the 4 runs
-//   scale (4*n4): q' = scale*(256*upper + lower);  pred (4*n4, 64): <q', prediction by offset>
+//   scale (4*n4): q' = scale.x*(256*upper + lower);  pred (4*n4, 64): <q', prediction of an offset> = scale.y*pred[pred_place(offset)]
 struct frame_queries {
     uint32_t * digits;
-    float    * scale;
-    float    * pred;
+    float2   * scale;
+    int16_t  * pred;
     int        n_frames, n4;
 
     __device__ __forceinline__ uint32_t index(const seqkv_view & a, int s, int frame, int h) const { return (s*n_frames + frame)*a.p.n_head_kv + h; }
     // products of 32 by 32 bits
     template <int D> __device__ __forceinline__ uint32_t * digits_of(uint32_t index) const { return digits + (uint64_t) index*(uint32_t) (n4*D*2); }
-    __device__ __forceinline__ float * scale_of(uint32_t index) const { return scale + (uint64_t) index*(uint32_t) (4*n4); }
-    __device__ __forceinline__ float * pred_of (uint32_t index) const { return pred  + (uint64_t) index*(uint32_t) (4*n4*SEQKV_FRAME); }
+    __device__ __forceinline__ float2  * scale_of(uint32_t index) const { return scale + (uint64_t) index*(uint32_t) (4*n4); }
+    __device__ __forceinline__ int16_t * pred_of (uint32_t index) const { return pred  + (uint64_t) index*(uint32_t) (4*n4*SEQKV_FRAME); }
 };
+
+// A lane of the first kernel has those of offsets 8*n + 2*t, + 1: 16 neighbours
+SEQKV_FN int pred_place(int offset) { return (offset & 6) << 3 | offset >> 2 & ~1 | offset & 1; }
 
 //
 // queries in the frames
@@ -235,6 +238,7 @@ static __global__ void __launch_bounds__(THREADS, D == 256 ? 2 : DENSE ? 3 : 5) 
             at   [e] = f.index(a, s, frame0 + frame, h);
         }
 
+        float pred_scale[2] = { 0.0f };
         if constexpr (DENSE) {
             if (!RESIDENT) {
                 __syncthreads();
@@ -260,12 +264,24 @@ static __global__ void __launch_bounds__(THREADS, D == 256 ? 2 : DENSE ? 3 : 5) 
             }
 #pragma unroll
             for (int e = 0; e < 2; ++e) {
+                float max = 0.0f;
+#pragma unroll
+                for (int n = 0; n < SEQKV_FRAME/8; ++n) {
+                    max = fmaxf(max, fmaxf(fabsf(sum[n][2*e]), fabsf(sum[n][2*e + 1])));
+                }
+                max = fmaxf(max, __shfl_xor_sync(0xffffffff, max, 1));
+                max = fmaxf(max, __shfl_xor_sync(0xffffffff, max, 2));
+                pred_scale[e] = max/32767.0f;
                 if (used[e]) {
-                    float * dst = f.pred_of(at[e]) + query[e]*SEQKV_FRAME + 2*t;
+                    const float inv = max > 0.0f ? 32767.0f/max : 0.0f, base = 12582912.0f; // 1.5*2^23: the integer is in the low bytes
+                    uint32_t w[SEQKV_FRAME/8];
 #pragma unroll
                     for (int n = 0; n < SEQKV_FRAME/8; ++n) {
-                        *(float2 *) (dst + 8*n) = make_float2(sum[n][2*e], sum[n][2*e + 1]);
+                        w[n] = seqkv_prmt(__float_as_uint(fmaf(sum[n][2*e], inv, base)), __float_as_uint(fmaf(sum[n][2*e + 1], inv, base)), 0x5410);
                     }
+                    uint4 * dst = (uint4 *) (f.pred_of(at[e]) + query[e]*SEQKV_FRAME + 16*t);
+                    dst[0] = make_uint4(w[0], w[1], w[2], w[3]);
+                    dst[1] = make_uint4(w[4], w[5], w[6], w[7]);
                 }
             }
         }
@@ -284,7 +300,7 @@ static __global__ void __launch_bounds__(THREADS, D == 256 ? 2 : DENSE ? 3 : 5) 
             }
             const float inv = max > 0.0f ? DIGITS/max : 0.0f;
             if (t == 0) {
-                f.scale_of(at[e])[query[e]] = max*((DENSE ? 1.0f : rsqrtf((float) D))/DIGITS);
+                f.scale_of(at[e])[query[e]] = make_float2(max*((DENSE ? 1.0f : rsqrtf((float) D))/DIGITS), pred_scale[e]);
             }
             uint32_t * dst = f.digits_of<D>(at[e]) + query[e]/4*D*2 + query[e]%4*32 + 4*t;
 #pragma unroll
@@ -329,9 +345,6 @@ SEQKV_FN int warp_sum(int x) {
 #endif
 }
 
-// A value that stays in its register, where the compiler would rather compute it again each time
-SEQKV_FN void keep(int & x) { asm volatile("" : "+r"(x)); }
-
 static constexpr __host__ __device__ int step_keys(int d) { return d == 64 ? 32 : 16; } // keys unpacked at a time
 static constexpr __host__ __device__ int max_nt   (int d) { return d == 256 ? 2 : 4; }  // tiles of 4 queries of a block
 static constexpr __host__ __device__ int max_warps(int d, int nt) { return d == 256 || nt == 4 ? 8 : nt == 2 ? 12 : 16; } // of a block: registers for all
@@ -348,9 +361,9 @@ template <int D, int NT, int KIND> struct warp_smem {
     static constexpr int TABLE_K = KIND == 0 ? TABLE_WORDS : table_at(KIND/2, KIND%2, 3), TABLE_V = KIND == 0 ? TABLE_WORDS : table_at(KIND/2, 0, 1);
     union {
         __align__(16) int8_t level[KEYS*LDK > KEYSV*LDV ? KEYS*LDK : KEYSV*LDV]; // of keys (KEYS, LDK) or of values (KEYSV, LDV)
-        __align__(16) float  gain_v[NB*TILE]; // by the largest of the tile, times BYTES; of each 16 keys, i and i + 8 are neighbours
+        __align__(16) float  gain_v[NB*TILE]; // (block, 64 keys): by the largest of the tile, times BYTES; of each 16 keys, i and i + 8 are neighbours
     };
-    __align__(16) float  gain_k[GROUPS*NB*KEYS];
+    __align__(16) float  gain_k[GROUPS*NB*KEYS]; // (group, block, keys): as for values
     union {
         __align__(16) float2  score[NT*4*WARP_SIZE]; // (n, 16 keys, lane): keys g and g + 8
         __align__(16) uint8_t p[NT*NB*4*128];        // (n, block, 16 keys): B fragments of p*gain
@@ -378,6 +391,7 @@ static __global__ void __launch_bounds__(max_warps(D, NT)*WARP_SIZE, 1) decode_k
     constexpr int NB = smem_t::NB, KEYS = smem_t::KEYS, LDK = smem_t::LDK, LDV = smem_t::LDV;
     constexpr int VB = smem_t::VB, KEYSV = smem_t::KEYSV, GROUPS = smem_t::GROUPS, TABLE_K = smem_t::TABLE_K;
     constexpr int MT = KEYS/16, DT = D/16, BITS = KIND/2, GRADED = KIND%2;
+    constexpr bool CROSSED = BITS == 2 || (KEYS == 32 && BITS == 3); // two lanes in a bank instead of four; for 4 bits it costs more than that
     extern __shared__ __align__(16) char smem_raw[];
     __shared__ uint64_t barriers[max_warps(D, NT)][8]; // of teams: of each piece, that it is there, and that it is done with
 
@@ -389,8 +403,8 @@ static __global__ void __launch_bounds__(max_warps(D, NT)*WARP_SIZE, 1) decode_k
     const int team = warp*plan.inv_heads >> 16, local = warp - team*plan.heads;
     const int h0 = blockIdx.y*plan.heads, h = h0 + local, s = n_chunks == 1 ? blockIdx.z : blockIdx.z/n_chunks, q0 = (blockIdx.z - s*n_chunks)*4*NT;
     const int nq = a.n_tokens*a.group;
-    smem_t & sm = ((smem_t *) smem_raw)[warp];
-    char * ring = smem_raw + plan.heads*plan.teams*sizeof(smem_t) + team*plan.ring;
+    smem_t & sm = *kept((smem_t *) smem_raw + warp);
+    char * ring = kept(smem_raw + plan.heads*plan.teams*sizeof(smem_t) + team*plan.ring);
     const bool  dense   = (KIND == 0 || GRADED) && a.form_k == SEQKV_DENSE; // graded keys alone have predictions
     const int   tile0 = tiles.begin(blockIdx.x), tile1 = tiles.end(blockIdx.x);
     const int32_t * meta = a.meta + (int64_t) s*a.n_virt;
@@ -480,11 +494,23 @@ static __global__ void __launch_bounds__(max_warps(D, NT)*WARP_SIZE, 1) decode_k
         return r*pitch + (whole ? 0 : (int) (uintptr_t) row & 15) + local*size;
     };
     int begin_k = begin_of(a.cell_k(s, lane%KEYS, h0), lane%KEYS, plan.pitch_k, plan.whole_k, a.size_k) + lane/KEYS*block_k;
-    int begin_v = 2*ROWS*plan.pitch_k + begin_of(a.cell_v(s, lane%KEYSV, h0), lane%KEYSV, plan.pitch_v, plan.whole_v, a.size_v) + (VB == 1 ? 0 : lane/KEYSV)*block_v;
+    const int key_v = (lane%KEYSV & 16) + lane%16/2 + 8*(lane & 1); // in rows of levels, keys i and i + 8 are neighbours
+    int begin_v = 2*ROWS*plan.pitch_k + begin_of(a.cell_v(s, key_v, h0), key_v, plan.pitch_v, plan.whole_v, a.size_v) + (VB == 1 ? 0 : lane/KEYSV)*block_v;
     int begin_g = 2*ROWS*plan.pitch_k + begin_of(a.cell_v(s, lane, h0), lane, plan.pitch_v, plan.whole_v, a.size_v);
-    keep(begin_k);
-    keep(begin_v);
-    keep(begin_g);
+    const uint32_t * own_k = (const uint32_t *) kept(ring + (begin_k & ~3)), * own_v = (const uint32_t *) kept(ring + (begin_v & ~3));
+    begin_k &= 3;
+    begin_v &= 3;
+    // ... and of what the warp has for itself: the gain of this lane's key, upper bytes of its p in a B fragment, its row for ldmatrix of keys and of values
+    int at_gain  = 4*((lane & 16) + 2*(lane & 7) + (lane >> 3 & 1));
+    int at_p     = 32*t + 4*(g & 3) + 2*(g >> 2);
+    int at_row_k = lane%16*LDK + lane/16*16;
+    int at_row_v = (lane & 7 | lane >> 1 & 8)*LDV + (lane & 8)*2;
+    int at_pair  = 8*g; // gains of keys g and g + 8
+    keep(at_gain);
+    keep(at_p);
+    keep(at_row_k);
+    keep(at_row_v);
+    keep(at_pair);
     if (threadIdx.x < 8*plan.teams) {
         barrier_init(&barriers[threadIdx.x/8][threadIdx.x%8], threadIdx.x%8 >= 4 ? plan.heads : bulk_copies ? 1 : plan.heads*WARP_SIZE);
     }
@@ -493,40 +519,45 @@ static __global__ void __launch_bounds__(max_warps(D, NT)*WARP_SIZE, 1) decode_k
     // this lane's two cells of a tile, i = 0, 1: meta and mask of the first token
     int32_t  next_meta[2];
     uint16_t next_mask[2];
-    const uint16_t * mask   = (const uint16_t *) a.mask_row(s, 0);
-    const int64_t    mask_n = a.mask_nb1/sizeof(half);
+    int from_meta = s*a.n_virt + lane, from_mask = s*(int) (a.mask_nb3/sizeof(half)) + lane, n_seen = min(a.p.n_kv, tile1*TILE) - lane;
+    keep(from_meta);
+    keep(n_seen);
     const auto load_meta = [&](int tile) {
+        const int32_t  * src_meta = a.meta + (uint32_t) (from_meta + tile*TILE);
+        const uint16_t * src_mask = (const uint16_t *) a.mask + (uint32_t) (from_mask + tile*TILE);
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-            const int j = tile*TILE + 32*i + lane;
             next_meta[i] = -1;
             next_mask[i] = 0xffff;
-            if (tile < tile1 && j < a.p.n_kv) {
-                next_meta[i] = meta[j];
-                next_mask[i] = mask[j];
+            if (tile*TILE + 32*i < n_seen) {
+                next_meta[i] = src_meta[32*i];
+                next_mask[i] = src_mask[32*i];
             }
         }
     };
 
     // the queries in the frame of an origin
-    int   at = -1;
     uint4 digits[NT][NB];
-    float scale[NT];
-    const float * pred = nullptr;
+    float2 scale[NT];
+    const int16_t * pred = nullptr;
+    const int index0 = (int) f.index(a, s, -SEQKV_FRAME, h), of_origin = f.n4*a.p.n_head_kv;
+    int from_digits = (index0*f.n4 + q0/4)*NB*WARP_SIZE + lane, from_scale = index0*f.n4*4 + q0 + t; // modulo 2^32, of which there are fewer
+    keep(from_digits);
+    keep(from_scale);
     const auto load_queries = [&](int origin) {
-        const uint32_t index = f.index(a, s, origin - SEQKV_FRAME, h);
-        const uint4 * from   = (const uint4 *) f.digits_of<D>(index) + q0/4*NB*WARP_SIZE + lane;
+        const uint32_t query = from_scale + origin*of_origin*4;
+        const uint4 * from   = (const uint4 *) f.digits + (uint32_t) (from_digits + origin*of_origin*NB*WARP_SIZE);
+        const float2 * factor = f.scale + query;
 #pragma unroll
         for (int n = 0; n < NT; ++n) {
-            const bool used = q0 + 4*n < nq;
+            const bool used = n == 0 || q0 + 4*n < nq;
 #pragma unroll
             for (int b = 0; b < NB; ++b) {
                 digits[n][b] = used ? from[(n*NB + b)*WARP_SIZE] : make_uint4(0, 0, 0, 0);
             }
-            scale[n] = q0 + 4*n + t < nq ? f.scale_of(index)[q0 + 4*n + t] : 0.0f;
+            scale[n] = used ? factor[4*n] : make_float2(0.0f, 0.0f); // of a lane without a query: something
         }
-        pred = f.pred_of(index) + (q0 + t)*SEQKV_FRAME;
-        at   = origin;
+        pred = f.pred + (uint64_t) query*SEQKV_FRAME;
     };
     int  seen[NT]; // bit of this lane's query in a cell's word
 #pragma unroll
@@ -558,20 +589,21 @@ static __global__ void __launch_bounds__(max_warps(D, NT)*WARP_SIZE, 1) decode_k
         ggml_cuda_pdl_sync();
     }
     for (int tile = first_tile; tile < tile1; tile += plan.teams) {
-        int cell[2]; // offset | tokens that attend to it << 8
+        int cell[2]; // place of its prediction | tokens that attend to it << 8
         int first = INT_MAX, last = -1;
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
             int seen = (next_mask[i] & 0x7fff) == 0 ? 1 : 0;
             if (a.n_tokens > 1) {
-                const int j = min(tile*TILE + 32*i + lane, a.p.n_kv - 1);
+                const uint16_t * mask = (const uint16_t *) a.mask_row(s, 0) + min(tile*TILE + 32*i + lane, a.p.n_kv - 1);
 #pragma unroll 1
                 for (int k = 1; k < a.n_tokens; ++k) {
-                    seen |= (mask[k*mask_n + j] & 0x7fff) == 0 ? 1 << k : 0;
+                    mask += a.mask_nb1/sizeof(half);
+                    seen |= (*mask & 0x7fff) == 0 ? 1 << k : 0;
                 }
             }
             seen = next_meta[i] < 0 ? 0 : seen;
-            cell[i] = (next_meta[i] & 63) | seen << 8;
+            cell[i] = (dense ? pred_place(next_meta[i] & 63) : 0) | seen << 8;
             first = min(first, seen ? next_meta[i] >> 8 : INT_MAX);
             last  = max(last,  seen ? next_meta[i] >> 8 : -1);
         }
@@ -594,40 +626,42 @@ static __global__ void __launch_bounds__(max_warps(D, NT)*WARP_SIZE, 1) decode_k
             continue;
         }
         const bool one_origin = first == last;
-        if (at != first) {
-            load_queries(first); // long before they are needed
-        }
+        int at = first; // the origin of the queries
+        load_queries(at); // long before they are needed
 
         // scores
+        const uint32_t * raw = own_k;
+        float2 * scores = sm.score + lane; // 16 keys after the other, 4 of each n
 #pragma unroll 1
         for (int half = 0; half < 2; ++half) {
             wait_for(half);
 #pragma unroll 1
-            for (int sub = 0; sub < ROWS; sub += KEYS) {
-                int   c2[MT][2];      // cells of keys g and g + 8 of each 16
-                float pred2[NT][MT][2]; // their predictions if there is one origin, long before they are needed
+            for (int sub = 0; sub < ROWS; sub += KEYS, raw += KEYS*plan.pitch_k/4, scores += MT*WARP_SIZE) {
+                const auto cell_of = [&](int mt, int e) { // of keys g and g + 8 of each 16
+                    return __shfl_sync(0xffffffff, half ? cell[1] : cell[0], sub + 16*mt + g + 8*e);
+                };
+                int   pred2[NT][MT][2]; // their predictions if there is one origin, long before they are needed
+                if (dense && one_origin) {
 #pragma unroll
-                for (int mt = 0; mt < MT; ++mt) {
+                    for (int mt = 0; mt < MT; ++mt) {
 #pragma unroll
-                    for (int e = 0; e < 2; ++e) {
-                        if (dense || !one_origin) {
-                            c2[mt][e] = __shfl_sync(0xffffffff, half ? cell[1] : cell[0], sub + 16*mt + g + 8*e);
-                        }
+                        for (int e = 0; e < 2; ++e) {
+                            const int offset = cell_of(mt, e) & 63;
 #pragma unroll
-                        for (int n = 0; n < NT; ++n) {
-                            pred2[n][mt][e] = dense && one_origin ? pred[4*n*SEQKV_FRAME + (c2[mt][e] & 63)] : 0.0f;
+                            for (int n = 0; n < NT; ++n) {
+                                pred2[n][mt][e] = pred[4*n*SEQKV_FRAME + offset];
+                            }
                         }
                     }
                 }
 #pragma unroll 1
                 for (int pass = 0; pass < KEYS*NB/WARP_SIZE; ++pass) {
                     const int key = lane%KEYS, b = lane/KEYS + pass*(WARP_SIZE/KEYS);
-                    const uint32_t * raw = (const uint32_t *) (ring + (half*ROWS + sub)*plan.pitch_k);
                     const int begin = begin_k + pass*(WARP_SIZE/KEYS)*block_k;
                     uint32_t out[16];
                     float    factor[3];
                     if constexpr (BITS) {
-                        decode_block<BITS, GRADED, true>(raw, begin, sm.tables, out, factor);
+                        decode_block<BITS, GRADED, true, CROSSED>(raw, begin, sm.tables, out, factor);
                     } else {
                         decode_any<true>(a.bits_k, a.graded_k, raw, begin, out, factor, sm.tables);
                     }
@@ -637,17 +671,17 @@ static __global__ void __launch_bounds__(max_warps(D, NT)*WARP_SIZE, 1) decode_k
                     }
 #pragma unroll
                     for (int i = 0; i < GROUPS; ++i) {
-                        sm.gain_k[(GROUPS*b + i)*KEYS + (key & ~15) + 2*(key & 7) + (key >> 3 & 1)] = factor[i];
+                        *(float *) ((char *) (sm.gain_k + i*NB*KEYS + pass*WARP_SIZE) + at_gain) = factor[i];
                     }
                 }
                 __syncwarp();
                 if (sub + KEYS == ROWS) {
                     done_with(half);
-                    if (half == 0 && tile != first_tile) { // other warps are done with the values before
+                }
+                if (half == 0 && sub == 0 && tile != first_tile) { // other warps are done with the values before
 #pragma unroll 1
-                        for (int piece = 2; piece < 4; ++piece) {
-                            fill(piece, tile, false, turn_v ^ 1);
-                        }
+                    for (int piece = 2; piece < 4; ++piece) {
+                        fill(piece, tile, false, turn_v ^ 1);
                     }
                 }
 
@@ -660,13 +694,13 @@ static __global__ void __launch_bounds__(max_warps(D, NT)*WARP_SIZE, 1) decode_k
 #pragma unroll
                     for (int b = 0; b < NB; ++b) {
                         uint32_t k0[4], k1[4];
-                        const int8_t * row = sm.level + (16*mt + lane%16)*LDK + 64*b + lane/16*16;
+                        const int8_t * row = sm.level + 16*mt*LDK + 64*b + at_row_k;
                         load_a(k0, row);
                         load_a(k1, row + 32);
                         float2 gain[GROUPS];
 #pragma unroll
                         for (int i = 0; i < GROUPS; ++i) {
-                            gain[i] = *(const float2 *) (sm.gain_k + (GROUPS*b + i)*KEYS + 16*mt + 2*g);
+                            gain[i] = *(const float2 *) ((const char *) (sm.gain_k + (i*NB + b)*KEYS + 16*mt) + at_pair);
                         }
 #pragma unroll
                         for (int n = 0; n < NT; ++n) {
@@ -686,7 +720,6 @@ static __global__ void __launch_bounds__(max_warps(D, NT)*WARP_SIZE, 1) decode_k
                         }
                     }
                 };
-                float2 * scores = sm.score + (half*ROWS + sub)/16*WARP_SIZE + lane; // 16 keys after the other, 4 of each n
                 if (one_origin) {
 #pragma unroll
                     for (int mt = 0; mt < MT; ++mt) {
@@ -694,7 +727,9 @@ static __global__ void __launch_bounds__(max_warps(D, NT)*WARP_SIZE, 1) decode_k
                         products(mt, sum);
 #pragma unroll
                         for (int n = 0; n < NT; ++n) {
-                            scores[(4*n + mt)*WARP_SIZE] = make_float2(scale2*(scale[n]*sum[n][0] + pred2[n][mt][0]), scale2*(scale[n]*sum[n][1] + pred2[n][mt][1]));
+                            const float f = scale2*scale[n].x, f_pred = scale2*scale[n].y;
+                            const float2 x = make_float2(f*sum[n][0], f*sum[n][1]);
+                            scores[(4*n + mt)*WARP_SIZE] = dense ? make_float2(x.x + f_pred*(float) pred2[n][mt][0], x.y + f_pred*(float) pred2[n][mt][1]) : x;
                         }
                     }
                 } else {
@@ -704,7 +739,7 @@ static __global__ void __launch_bounds__(max_warps(D, NT)*WARP_SIZE, 1) decode_k
 #pragma unroll
                         for (int e = 0; e < 2; ++e) {
                             const int from = sub + 16*mt + g + 8*e;
-                            cell2  [e] = MT == 1 || mt == 0 ? c2[0][e] : c2[MT - 1][e];
+                            cell2  [e] = cell_of(mt, e);
                             origin2[e] = cell2[e] >> 8 ? meta[tile*TILE + half*ROWS + from] >> 8 : -1;
                         }
                         int o = first;
@@ -718,7 +753,8 @@ static __global__ void __launch_bounds__(max_warps(D, NT)*WARP_SIZE, 1) decode_k
                             }
                             o = next;
                             if (at != o) {
-                                load_queries(o);
+                                at = o;
+                                load_queries(at);
                             }
                             float sum[NT][2];
                             products(mt, sum);
@@ -727,7 +763,7 @@ static __global__ void __launch_bounds__(max_warps(D, NT)*WARP_SIZE, 1) decode_k
 #pragma unroll
                                 for (int e = 0; e < 2; ++e) {
                                     if (origin2[e] == o) {
-                                        const float x = scale2*(scale[n]*sum[n][e] + (dense ? pred[4*n*SEQKV_FRAME + (cell2[e] & 63)] : 0.0f));
+                                        const float x = scale2*(scale[n].x*sum[n][e] + (dense ? scale[n].y*(float) pred[4*n*SEQKV_FRAME + (cell2[e] & 63)] : 0.0f));
                                         float2 & score = scores[(4*n + mt)*WARP_SIZE];
                                         (e ? score.y : score.x) = x;
                                     }
@@ -750,18 +786,23 @@ static __global__ void __launch_bounds__(max_warps(D, NT)*WARP_SIZE, 1) decode_k
         wait_for(2);
         wait_for(3);
         float f_v[NB];
+        int   gain[NB][2];
 #pragma unroll
         for (int b = 0; b < NB; ++b) {
-            int gain[2];
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
-                gain[i] = (uint8_t) ring[begin_g + i*ROWS*plan.pitch_v + b*block_v];
-                gain[i] = cell[i] >> 8 ? gain[i] : 0;
+                gain[b][i] = (uint8_t) ring[begin_g + i*ROWS*plan.pitch_v + b*block_v];
+                gain[b][i] = cell[i] >> 8 ? gain[b][i] : 0;
             }
-            const int largest = warp_max(max(gain[0], gain[1]));
+        }
+#pragma unroll
+        for (int b = 0; b < NB; ++b) {
+            const int   largest = warp_max(max(gain[b][0], gain[b][1]));
+            const float most    = LOG2_BYTES - (1.0f/SEQKV_GAIN_STEPS)*largest;
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
-                sm.gain_v[b*TILE + 32*i + (lane & 16) + 2*(lane & 7) + (lane >> 3 & 1)] = gain[i] ? exp2f((gain[i] - largest)*(1.0f/SEQKV_GAIN_STEPS))*BYTES : 0.0f;
+                const float x = exp2f(fmaf((float) gain[b][i], 1.0f/SEQKV_GAIN_STEPS, most));
+                *(float *) ((char *) (sm.gain_v + b*TILE + 32*i) + at_gain) = gain[b][i] ? x : 0.0f;
             }
             f_v[b] = gain_of(largest, 1.0f/SEQKV_GAIN_STEPS, SEQKV_GAIN_BIAS)*(seqkv_scale_of(bits_v)/BYTES);
         }
@@ -771,7 +812,7 @@ static __global__ void __launch_bounds__(max_warps(D, NT)*WARP_SIZE, 1) decode_k
         float p[NT][4][2], f_old[NT];
 #pragma unroll
         for (int n = 0; n < NT; ++n) {
-            float max = -INFINITY;
+            float max = m[n];
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
                 const float2 x = sm.score[(n*4 + i)*WARP_SIZE + lane];
@@ -806,7 +847,6 @@ static __global__ void __launch_bounds__(max_warps(D, NT)*WARP_SIZE, 1) decode_k
             for (int i = 4; i < WARP_SIZE; i *= 2) {
                 max = fmaxf(max, __shfl_xor_sync(0xffffffff, max, i));
             }
-            max = fmaxf(max, m[n]);
             const float base = max == -INFINITY ? 0.0f : max;
             f_old[n] = exp2f(m[n] - base);
             m[n] = max;
@@ -822,16 +862,15 @@ static __global__ void __launch_bounds__(max_warps(D, NT)*WARP_SIZE, 1) decode_k
             l[n] = l[n]*f_old[n] + sum;
         }
         __syncwarp();
-        const int p_place = 32*t + 4*(g & 3) + 2*(g >> 2); // of keys g and g + 8 in a B fragment, upper byte of query t
 #pragma unroll
         for (int b = 0; b < NB; ++b) {
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
-                const float2 gain = *(const float2 *) (sm.gain_v + b*TILE + 16*i + 2*g);
+                const float2 gain = *(const float2 *) ((const char *) (sm.gain_v + b*TILE + 16*i) + at_pair);
 #pragma unroll
                 for (int n = 0; n < NT; ++n) { // 2^23 + an integer
                     const uint32_t u = __float_as_uint(fmaf(p[n][i][0], gain.x, 8388608.0f)), v = __float_as_uint(fmaf(p[n][i][1], gain.y, 8388608.0f));
-                    uint8_t * dst = sm.p + ((n*NB + b)*4 + i)*128 + p_place;
+                    uint8_t * dst = sm.p + ((n*NB + b)*4 + i)*128 + at_p;
                     *(uint16_t *) dst        = (uint16_t) seqkv_prmt(u, v, 0x0051);
                     *(uint16_t *) (dst + 16) = (uint16_t) seqkv_prmt(u, v, 0x0040);
                 }
@@ -839,6 +878,8 @@ static __global__ void __launch_bounds__(max_warps(D, NT)*WARP_SIZE, 1) decode_k
         }
 
         __syncwarp();
+
+        fill(1, tile + plan.teams, false, turn_k);
 
         // values, a block of 64 dims after the other
 #pragma unroll
@@ -852,14 +893,14 @@ static __global__ void __launch_bounds__(max_warps(D, NT)*WARP_SIZE, 1) decode_k
 #pragma unroll
         for (int b0 = 0; b0 < NB; b0 += VB) {
             int c[NT][4*VB][4] = {{{ 0 }}};
+            const uint32_t * raw = own_v, * p_at = (const uint32_t *) sm.p + lane;
 #pragma unroll 1
-            for (int j = 0; j < TILE; j += KEYSV) {
+            for (int j = 0; j < TILE; j += KEYSV, raw += KEYSV*plan.pitch_v/4, p_at += KEYSV/16*WARP_SIZE) {
                 const int key = lane%KEYSV, b = VB == 1 ? 0 : lane/KEYSV;
-                const uint32_t * raw = (const uint32_t *) (ring + j*plan.pitch_v);
                 const int begin = begin_v + b0*block_v;
                 uint32_t out[16];
                 if constexpr (BITS) {
-                    decode_levels<BITS, 0, true>(raw, begin, sm.tables + TABLE_K, out);
+                    decode_levels<BITS, 0, true, CROSSED>(raw, begin, sm.tables + TABLE_K, out);
                 } else {
                     decode_uniform(bits_v, raw, begin, out, sm.tables + TABLE_K);
                 }
@@ -870,25 +911,25 @@ static __global__ void __launch_bounds__(max_warps(D, NT)*WARP_SIZE, 1) decode_k
                 __syncwarp();
 #pragma unroll
                 for (int mt = 0; mt < KEYSV/16; ++mt) {
-                    // rows 2i and 2i + 1 of a matrix are keys i and i + 8, so that a register has the keys of one place of p
-                    const int8_t * row = sm.level + (16*mt + (lane >> 1 & 3) + 8*(lane & 1) + 4*(lane >> 3 & 1))*LDV + (lane >> 4)*16;
+                    // registers have two dims of keys i and i + 8, multiplied by p of each key and 0 for the other dim
+                    const int8_t * row = sm.level + 16*mt*LDV + at_row_v;
 #pragma unroll
                     for (int v = 0; v < VB; ++v) {
-                        uint32_t pb[NT];
+                        uint32_t pb[NT][2];
 #pragma unroll
                         for (int n = 0; n < NT; ++n) {
-                            pb[n] = *(const uint32_t *) (sm.p + ((n*NB + b0 + v)*4 + j/16 + mt)*128 + 4*lane);
+                            const uint32_t w = p_at[((n*NB + b0 + v)*4 + mt)*WARP_SIZE];
+                            pb[n][0] = seqkv_prmt(w, 0, 0x4140);
+                            pb[n][1] = seqkv_prmt(w, 0, 0x4342);
                         }
 #pragma unroll
                         for (int i = 0; i < 4; i += 2) {
-                            uint32_t r[4];
+                            uint32_t r[4]; // keys 0..3, 8..11: dims 16*i.., 16*(i + 1)..; then keys 4..7, 12..15
                             load_transposed(r, row + 64*v + 16*i);
-                            const uint32_t v0[2] = { seqkv_prmt(r[0], r[1], 0x6420), seqkv_prmt(r[0], r[1], 0x7531) };
-                            const uint32_t v1[2] = { seqkv_prmt(r[2], r[3], 0x6420), seqkv_prmt(r[2], r[3], 0x7531) };
 #pragma unroll
                             for (int n = 0; n < NT; ++n) {
-                                mma_s8u8_k16(c[n][4*v + i],     v0, pb[n]);
-                                mma_s8u8_k16(c[n][4*v + i + 1], v1, pb[n]);
+                                mma_s8u8_k32(c[n][4*v + i],     r, pb[n][0],      pb[n][1]);
+                                mma_s8u8_k32(c[n][4*v + i + 1], r, pb[n][0] << 8, pb[n][1] << 8);
                             }
                         }
                     }
@@ -898,16 +939,18 @@ static __global__ void __launch_bounds__(max_warps(D, NT)*WARP_SIZE, 1) decode_k
 #pragma unroll
             for (int n = 0; n < NT; ++n) {
 #pragma unroll
-                for (int i = 0; i < 4*VB; ++i) {
+                for (int i = 0; i < 4*VB; ++i) { // c[even]: even dims of 16 and of the next 16; c[odd]: odd ones
                     const float f = f_v[b0 + i/4];
-                    acc[n][4*b0 + i][0] += f*(float) (256*c[n][i][0] + c[n][i][1]);
-                    acc[n][4*b0 + i][1] += f*(float) (256*c[n][i][2] + c[n][i][3]);
+#pragma unroll
+                    for (int e = 0; e < 2; ++e) {
+                        const int (&sum)[4] = c[n][i/2*2 + e];
+                        acc[n][4*b0 + i][e] += f*(float) (256*sum[i%2*2] + sum[i%2*2 + 1]);
+                    }
                 }
             }
         }
         done_with(2);
         done_with(3);
-        fill(1, tile + plan.teams, false, turn_k);
         turn_k ^= 1;
         turn_v ^= 1;
     }
@@ -986,8 +1029,8 @@ static void decode_case(ggml_backend_cuda_context & ctx, const ggml_tensor * dst
     f.n4       = n_chunks*NT;
     const int64_t n = (int64_t) a.n_stream*f.n_frames*a.p.n_head_kv*f.n4;
     ggml_cuda_pool_alloc<uint32_t> digits(ctx.pool(), n*D*2);
-    ggml_cuda_pool_alloc<float>    scale (ctx.pool(), n*4);
-    ggml_cuda_pool_alloc<float>    pred  (ctx.pool(), a.form_k == SEQKV_DENSE ? n*4*SEQKV_FRAME : 1);
+    ggml_cuda_pool_alloc<float2>   scale (ctx.pool(), n*4);
+    ggml_cuda_pool_alloc<int16_t>  pred  (ctx.pool(), a.form_k == SEQKV_DENSE ? n*4*SEQKV_FRAME : 1);
     f.digits = digits.get();
     f.scale  = scale.get();
     f.pred   = pred.get();

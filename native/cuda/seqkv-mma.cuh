@@ -49,6 +49,21 @@ SEQKV_FN void mma_s8_k32(int (&c)[4], const uint32_t * a, uint32_t b0, uint32_t 
 #endif
 }
 
+// ... k = 32
+SEQKV_FN void mma_s8u8_k32(int (&c)[4], const uint32_t * a, uint32_t b0, uint32_t b1) {
+#if __CUDA_ARCH__ >= 800
+    asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.u8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+#elif __CUDA_ARCH__ >= 750
+    asm("mma.sync.aligned.m8n8k16.row.col.s32.s8.u8.s32 {%0, %1}, {%2}, {%3}, {%0, %1};" : "+r"(c[0]), "+r"(c[1]) : "r"(a[0]), "r"(b0));
+    asm("mma.sync.aligned.m8n8k16.row.col.s32.s8.u8.s32 {%0, %1}, {%2}, {%3}, {%0, %1};" : "+r"(c[2]), "+r"(c[3]) : "r"(a[1]), "r"(b0));
+    asm("mma.sync.aligned.m8n8k16.row.col.s32.s8.u8.s32 {%0, %1}, {%2}, {%3}, {%0, %1};" : "+r"(c[0]), "+r"(c[1]) : "r"(a[2]), "r"(b1));
+    asm("mma.sync.aligned.m8n8k16.row.col.s32.s8.u8.s32 {%0, %1}, {%2}, {%3}, {%0, %1};" : "+r"(c[2]), "+r"(c[3]) : "r"(a[3]), "r"(b1));
+#else
+    GGML_UNUSED_VARS(c, a, b0, b1);
+#endif
+}
+
 // f16, k = 16
 SEQKV_FN void mma_f16(float (&c)[4], const uint32_t * a, uint32_t b0, uint32_t b1) {
 #if __CUDA_ARCH__ >= 800
@@ -189,6 +204,15 @@ SEQKV_FN void prefetch(const char * from, int bytes) {
 }
 // of n threads, where there are no such barriers
 SEQKV_FN void named_barrier(int id, int n) { asm volatile("bar.sync %0, %1;" :: "r"(id), "r"(n) : "memory"); }
+
+// Values of a lane, and places in shared memory, that stay in their registers where the compiler would rather compute them again each time: it cannot
+// know what a shuffle gives
+SEQKV_FN void keep(int & x) { x = __shfl_sync(0xffffffff, x, threadIdx.x%WARP_SIZE); }
+template <class T> SEQKV_FN T * kept(T * shared) {
+    int x = (int) __cvta_generic_to_shared(shared);
+    keep(x);
+    return (T *) __cvta_shared_to_generic((size_t) (uint32_t) x);
+}
 
 // Entries (n, k .. k + 7) of the Hadamard matrix of +-1, as f16; k a multiple of 8
 SEQKV_FN uint4 hadamard8(int n, int k) {

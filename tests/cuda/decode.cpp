@@ -116,10 +116,11 @@ template <int D, int NT, int KIND> static void check(order cells, bool dense, co
     f.n4       = n_chunks*NT;
     const size_t n = (size_t) x.n_stream*n_frames*x.n_head_kv*f.n4;
     std::vector<uint32_t> digits(n*D*2 + 4);
-    std::vector<float>    scale(n*4), pred(n*4*SEQKV_FRAME);
+    std::vector<float2>   scale(n*4);
+    std::vector<int16_t>  pred(n*4*SEQKV_FRAME);
     std::generate(digits.begin(), digits.end(), word);
-    std::generate(scale.begin(), scale.end(), [] { return (1 + rand()%100)*3e-7f; });
-    std::generate(pred.begin(), pred.end(), [] { return (rand()%2001 - 1000)*2e-2f; });
+    std::generate(scale.begin(), scale.end(), [] { return float2 { (1 + rand()%100)*3e-7f, (1 + rand()%100)*6e-6f }; });
+    std::generate(pred.begin(), pred.end(), [] { return (int16_t) (rand()%65535 - 32767); });
     f.digits = aligned(digits);
     f.scale  = scale.data();
     f.pred   = pred.data();
@@ -171,7 +172,8 @@ template <int D, int NT, int KIND> static void check(order cells, bool dense, co
                     dot += (double) factor[std::min(i/16, 2)]*(int8_t) (level[i/4] >> 8*(i%4))*(256*upper + lower);
                 }
             }
-            logit[j] = a.p.scale*(dot*scale[index*4*f.n4 + iq] + (dense ? pred[(index*4*f.n4 + iq)*SEQKV_FRAME + (m & 63)] : 0.0));
+            const float2 factor = scale[index*4*f.n4 + iq];
+            logit[j] = a.p.scale*(dot*factor.x + (dense ? (double) factor.y*pred[(index*4*f.n4 + iq)*SEQKV_FRAME + pred_place(m & 63)] : 0.0));
             logit[j] = x.softcap ? x.softcap*tanh(logit[j]/x.softcap) : logit[j];
             max = std::max(max, logit[j]);
         }

@@ -5,6 +5,9 @@
 
 static constexpr bool bulk_copies = ARCH >= 900, async_barriers = ARCH >= 800;
 
+SEQKV_FN void keep(int &) {}
+template <class T> SEQKV_FN T * kept(T * shared) { return shared; }
+
 struct mma_args { int * c; const uint32_t * a; uint32_t b[2]; };
 template <int K, bool UNSIGNED> inline void mma_bytes(int (&c)[4], const uint32_t * a, uint32_t b0, uint32_t b1) {
     mma_args own = { c, a, { b0, b1 } };
@@ -24,6 +27,7 @@ template <int K, bool UNSIGNED> inline void mma_bytes(int (&c)[4], const uint32_
 }
 SEQKV_FN void mma_s8_k16  (int (&c)[4], const uint32_t * a, uint32_t b) { mma_bytes<16, false>(c, a, b, 0); }
 SEQKV_FN void mma_s8u8_k16(int (&c)[4], const uint32_t * a, uint32_t b) { mma_bytes<16, true >(c, a, b, 0); }
+SEQKV_FN void mma_s8u8_k32(int (&c)[4], const uint32_t * a, uint32_t b0, uint32_t b1) { mma_bytes<32, true >(c, a, b0, b1); }
 SEQKV_FN void mma_s8_k32  (int (&c)[4], const uint32_t * a, uint32_t b0, uint32_t b1) { mma_bytes<32, false>(c, a, b0, b1); }
 
 struct ldmatrix_args { uint32_t * r; const char * row; };
