@@ -112,6 +112,17 @@ static __device__ void rotate_queries(const seqkv_view & a, half * rows, int s, 
     }
 }
 
+// Largest absolute value of row g + 8*e of C fragments, in all four lanes that have it
+template <int N> SEQKV_FN float largest_of_row(const float (&c)[N][4], int e) {
+    float max = 0.0f;
+#pragma unroll
+    for (int n = 0; n < N; ++n) {
+        max = fmaxf(max, fmaxf(fabsf(c[n][2*e]), fabsf(c[n][2*e + 1])));
+    }
+    max = fmaxf(max, __shfl_xor_sync(0xffffffff, max, 1));
+    return fmaxf(max, __shfl_xor_sync(0xffffffff, max, 2));
+}
+
 // Each warp by itself: rotated queries to shared memory as f16, times D or H on tensor cores (of H its part within 64 values, the rest by sums and
 // differences), products with the predictions, digits. early: as for exact_part
 template <int D, bool DENSE>
@@ -264,13 +275,7 @@ static __global__ void __launch_bounds__(THREADS, D == 256 ? 2 : DENSE ? 3 : 5) 
             }
 #pragma unroll
             for (int e = 0; e < 2; ++e) {
-                float max = 0.0f;
-#pragma unroll
-                for (int n = 0; n < SEQKV_FRAME/8; ++n) {
-                    max = fmaxf(max, fmaxf(fabsf(sum[n][2*e]), fabsf(sum[n][2*e + 1])));
-                }
-                max = fmaxf(max, __shfl_xor_sync(0xffffffff, max, 1));
-                max = fmaxf(max, __shfl_xor_sync(0xffffffff, max, 2));
+                const float max = largest_of_row(sum, e);
                 pred_scale[e] = max/32767.0f;
                 if (used[e]) {
                     const float inv = max > 0.0f ? 32767.0f/max : 0.0f, base = 12582912.0f; // 1.5*2^23: the integer is in the low bytes
@@ -288,13 +293,7 @@ static __global__ void __launch_bounds__(THREADS, D == 256 ? 2 : DENSE ? 3 : 5) 
 
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
-            float max = 0.0f;
-#pragma unroll
-            for (int n = 0; n < D/8; ++n) {
-                max = fmaxf(max, fmaxf(fabsf(acc[n][2*e]), fabsf(acc[n][2*e + 1])));
-            }
-            max = fmaxf(max, __shfl_xor_sync(0xffffffff, max, 1));
-            max = fmaxf(max, __shfl_xor_sync(0xffffffff, max, 2));
+            const float max = largest_of_row(acc, e);
             if (!used[e]) {
                 continue;
             }
@@ -496,11 +495,12 @@ static __global__ void __launch_bounds__(max_warps(D, NT)*WARP_SIZE, 1) decode_k
     int begin_k = begin_of(a.cell_k(s, lane%KEYS, h0), lane%KEYS, plan.pitch_k, plan.whole_k, a.size_k) + lane/KEYS*block_k;
     const int key_v = (lane%KEYSV & 16) + lane%16/2 + 8*(lane & 1); // in rows of levels, keys i and i + 8 are neighbours
     int begin_v = 2*ROWS*plan.pitch_k + begin_of(a.cell_v(s, key_v, h0), key_v, plan.pitch_v, plan.whole_v, a.size_v) + (VB == 1 ? 0 : lane/KEYSV)*block_v;
-    int begin_g = 2*ROWS*plan.pitch_k + begin_of(a.cell_v(s, lane, h0), lane, plan.pitch_v, plan.whole_v, a.size_v);
+    const int begin_g = 2*ROWS*plan.pitch_k + begin_of(a.cell_v(s, lane, h0), lane, plan.pitch_v, plan.whole_v, a.size_v);
+    // As words and a byte of the first one. What is kept from here on is what there are registers for; more would spill
     const uint32_t * own_k = (const uint32_t *) kept(ring + (begin_k & ~3)), * own_v = (const uint32_t *) kept(ring + (begin_v & ~3));
     begin_k &= 3;
     begin_v &= 3;
-    // ... and of what the warp has for itself: the gain of this lane's key, upper bytes of its p in a B fragment, its row for ldmatrix of keys and of values
+    // Bytes of what the warp has for itself: the gain of this lane's key, upper bytes of its p in a B fragment, its row for ldmatrix of keys and of values
     int at_gain  = 4*((lane & 16) + 2*(lane & 7) + (lane >> 3 & 1));
     int at_p     = 32*t + 4*(g & 3) + 2*(g >> 2);
     int at_row_k = lane%16*LDK + lane/16*16;
@@ -519,7 +519,8 @@ static __global__ void __launch_bounds__(max_warps(D, NT)*WARP_SIZE, 1) decode_k
     // this lane's two cells of a tile, i = 0, 1: meta and mask of the first token
     int32_t  next_meta[2];
     uint16_t next_mask[2];
-    int from_meta = s*a.n_virt + lane, from_mask = s*(int) (a.mask_nb3/sizeof(half)) + lane, n_seen = min(a.p.n_kv, tile1*TILE) - lane;
+    const int from_mask = s*(int) (a.mask_nb3/sizeof(half)) + lane;
+    int from_meta = s*a.n_virt + lane, n_seen = min(a.p.n_kv, tile1*TILE) - lane;
     keep(from_meta);
     keep(n_seen);
     const auto load_meta = [&](int tile) {

@@ -11,7 +11,7 @@ static constexpr int THREADS  = WARPS*WARP_SIZE;
 static constexpr int EXACT    = 4;        // exact rows of a part, which a warp works on
 static constexpr int DIGITS   = 127*256;  // largest value of two signed digits
 static constexpr int BYTES    = 65530;    // largest value of two bytes, with room for rounding
-static constexpr float LOG2_BYTES = 15.999868f;
+static constexpr float LOG2_BYTES = 15.999868f; // log2(BYTES)
 
 // One kernel for all, seqkv-short.cu; false: not for this op, nothing was done. n_queries: of a KV head
 bool seqkv_decode_short(ggml_backend_cuda_context & ctx, const ggml_tensor * dst, const ggml_tensor * rows, const ggml_tensor * frame, int n_queries);
