@@ -29,10 +29,10 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-OPS = {"SEQKV_FRAME": 6, "SEQKV_STORE": 106, "SEQKV_ATTN": 380}  # least number of cases
+OPS = {"SEQKV_FRAME": 6, "SEQKV_STORE": 106, "SEQKV_ATTN": 386}  # least number of cases
 SANITIZED = (
     "type_k=seqkv3k,type_v=seqkv4,dk=64.*n_kv=(63|65|127),|type_k=seqkv3k,type_v=seqkv3,dk=128,dv=128.*n_tokens=(3|64).*order=2"
-    "|group=64,n_kv=256.*n_tokens=2,|dk=128,dv=128,n_head_kv=8,group=4,n_kv=320"
+    "|group=64,n_kv=256.*n_tokens=2,|dk=128,dv=128,n_head_kv=8,group=(4,n_kv=320|3,n_kv=590)"
 )
 
 

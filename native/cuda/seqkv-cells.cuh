@@ -129,7 +129,7 @@ template <int bits> constexpr void add_level_tables(level_tables & t) {
         add_level_table<bits - 1>(t, bits, 1, 2);
     }
 }
-constexpr level_tables make_level_tables() {
+constexpr level_tables all_level_tables() {
     level_tables t = {};
     add_level_tables<1>(t);
     add_level_tables<2>(t);
@@ -137,12 +137,31 @@ constexpr level_tables make_level_tables() {
     add_level_tables<4>(t);
     return t;
 }
-static __device__ constexpr level_tables seqkv_level_tables = make_level_tables();
+static __device__ constexpr level_tables seqkv_level_tables = all_level_tables();
 
 // words_k words of the tables of keys, words_v of those of values behind them; by n_threads threads, which synchronize afterwards
 SEQKV_FN void load_level_tables(int bits_k, int graded_k, int bits_v, uint32_t * table, int words_k, int words_v, int thread, int n_threads) {
     for (int i = thread; i < words_k + words_v; i += n_threads) {
         table[i] = i < words_k ? seqkv_level_tables.word[2*(bits_k - 1) + graded_k][i] : seqkv_level_tables.word[2*(bits_v - 1)][i - words_k];
+    }
+}
+// ... of one live type, of keys and behind them of values, by a warp: words in the code, which are at hand before those in memory would be
+template <int bits, int graded> SEQKV_FN void make_level_tables(uint32_t * table, int lane) {
+    constexpr int words_k = table_at(bits, graded, 3), words_v = table_at(bits, 0, 1);
+    uint32_t k = 0, v = 0;
+#pragma unroll
+    for (int i = 0; i < words_k; ++i) {
+        k = lane == i ? seqkv_level_tables.word[2*(bits - 1) + graded][i] : k;
+    }
+#pragma unroll
+    for (int i = 0; i < words_v; ++i) {
+        v = lane == i ? seqkv_level_tables.word[2*(bits - 1)][i] : v;
+    }
+    if (lane < words_k) {
+        table[lane] = k;
+    }
+    if (lane < words_v) {
+        table[words_k + lane] = v;
     }
 }
 template <int B> SEQKV_FN void read_level_table(const uint32_t * table, seqkv_registers<B> & t) {

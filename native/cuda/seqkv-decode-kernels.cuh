@@ -5,6 +5,7 @@
 // predictions. In the second one a warp works on tiles of 64 cells of one KV head, whose rows the warps of all heads of a block copy together:
 // levels of K and V by byte permutes, once for all queries of the group; scores as integer products with the digits of the queries, a gain per
 // key and group of values applied to each; values as integer products with the two bytes of p*gain. The third one combines the parts.
+// Where each warp has many tiles (and four queries of one token at most, no predictions) there are two: the second one does what the first one would.
 //
 // Keys are the rows of the tensor core tiles, values their columns turned by ldmatrix; the 8 columns are 4 queries, each with
 // its upper and lower digit next to each other: lane 4*g + t has both digits of query t for keys (or dims) g and g + 8.
@@ -51,6 +52,9 @@ struct query_tiles {
     int n, frames; // tiles of a KV head; frames of a tile, whose queries are all in it, if there are no more than QUERY_ROWS; otherwise a frame has two tiles
     int inv;       // 2^16/frames, rounded up
 };
+
+// Parts of exact rows that a warp takes in place of a tile where decode's blocks attend to them as well; these items come behind the last tile
+static constexpr int EXACT_PARTS = 3;
 
 // Tiles of a block: each of them, one more in the first rest blocks
 struct block_tiles {
@@ -318,6 +322,129 @@ static __global__ void __launch_bounds__(THREADS, D == 256 ? 2 : DENSE ? 3 : 5) 
     }
 }
 
+// Digits of up to 4 queries of a token in the frame of an origin, this lane's words of them, by a warp that attends to it. Lane 4*g + t has values
+// 32*i + 16*(g & 1) + 4*t .. + 3 of query g/2, and with i and i + 1 rows g and g + 8 of A; H within 16 values by products, between these by sums and differences.
+// q: the lane's query; rot: row of the origin, for all values if NEOX; inv: DIGITS/(sqrt(D)*norm of q), so that no value of H R(-t0) q is too large
+template <int D> SEQKV_FN void make_queries(const float * q, const float * rot, bool neox, int n_rot, float inv, uint4 (&digits)[D/64]) {
+    constexpr int NB = D/64;
+    const int lane = threadIdx.x%WARP_SIZE, g = lane/4, t = lane%4, odd = g & 1, own = 16*odd + 4*t;
+    float x[2*NB][4];
+#pragma unroll
+    for (int i = 0; i < 2*NB; ++i) {
+        *(float4 *) x[i] = *(const float4 *) (q + 32*i + own);
+    }
+    const float * from = rot + (neox ? 2*own : own);
+    if (neox) {
+        float cs[NB][8];
+#pragma unroll
+        for (int i = 0; i < NB; ++i) {
+            *(float4 *)  cs[i]      = *(const float4 *) (from + 64*i);
+            *(float4 *) (cs[i] + 4) = *(const float4 *) (from + 64*i + 4);
+        }
+#pragma unroll
+        for (int i = 0; i < NB; ++i) {
+#pragma unroll
+            for (int k = 0; k < 4; ++k) {
+                const float u = x[i][k], v = x[i + NB][k], c = cs[i][2*k], sine = cs[i][2*k + 1];
+                x[i][k]      = u*c + v*sine;
+                x[i + NB][k] = v*c - u*sine;
+            }
+        }
+    } else {
+        float4 cs[2*NB];
+#pragma unroll
+        for (int i = 0; i < 2*NB; ++i) {
+            cs[i] = own < n_rot - 32*i ? *(const float4 *) (from + 32*i) : make_float4(1.0f, 0.0f, 1.0f, 0.0f);
+        }
+#pragma unroll
+        for (int i = 0; i < 2*NB; ++i) {
+            const float4 u = make_float4(x[i][0], x[i][1], x[i][2], x[i][3]);
+            x[i][0] = u.x*cs[i].x + u.y*cs[i].y;
+            x[i][1] = u.y*cs[i].x - u.x*cs[i].y;
+            x[i][2] = u.z*cs[i].z + u.w*cs[i].w;
+            x[i][3] = u.w*cs[i].z - u.z*cs[i].w;
+        }
+    }
+
+    // B fragments of the matrix of 16: values in the order of the lanes, columns in the order of words
+    const uint32_t minus = 0x80008000;
+    const uint32_t b00 = 0x3c003c00 ^ (g & t & 1 ? minus : 0) ^ (g & 2) << 30;
+    const uint32_t b01 = b00 ^ (g & 4 ? minus : 0), turned = t & 2 ? minus : 0;
+    const float    sign = odd ? -1.0f : 1.0f;
+    float y[2*NB][4];
+#pragma unroll
+    for (int j = 0; j < NB; ++j) {
+        uint32_t a[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const half2 both = __floats2half2_rn(x[2*j + i%2][i/2*2], x[2*j + i%2][i/2*2 + 1]);
+            a[i] = *(const uint32_t *) &both;
+        }
+        float c[2][4] = {{ 0.0f }};
+        mma_f16(c[0], a, b00, b01);
+        mma_f16(c[1], a, b00 ^ turned, b01 ^ turned);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const float u = c[i/2][i%2], v = c[i/2][i%2 + 2];
+            y[2*j][i]     = u + v;
+            y[2*j + 1][i] = u - v;
+        }
+    }
+#pragma unroll
+    for (int m = 2; m < 2*NB; m *= 2) {
+#pragma unroll
+        for (int i = 0; i < 2*NB; ++i) {
+            if (!(i & m)) {
+#pragma unroll
+                for (int k = 0; k < 4; ++k) {
+                    const float u = y[i][k], v = y[i | m][k];
+                    y[i][k]     = u + v;
+                    y[i | m][k] = u - v;
+                }
+            }
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < 2*NB; ++i) {
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+            y[i][k] = fmaf(sign, y[i][k], __shfl_xor_sync(0xffffffff, y[i][k], 4));
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < 2*NB; ++i) {
+        uint32_t upper, lower; // even lanes of a query have the column of upper ones
+        digits_of_word(y[i][0], y[i][1], y[i][2], y[i][3], inv, upper, lower);
+        const uint32_t own_word = odd ? lower : upper, got = __shfl_xor_sync(0xffffffff, odd ? upper : lower, 4);
+        uint32_t * w = (uint32_t *) &digits[i/2] + i%2*2;
+        w[0] = odd ? got : own_word;
+        w[1] = odd ? own_word : got;
+    }
+}
+
+// ... where they are wanted now and then, and not at the cost of registers
+template <int D> struct made_queries { uint4 digits[D/64]; };
+template <int D> static __device__ __noinline__ made_queries<D> make_queries_apart(const float * q, const float * rot, bool neox, int n_rot, float inv) {
+    made_queries<D> made;
+    make_queries<D>(q, rot, neox, n_rot, inv, made.digits);
+    return made;
+}
+
+// Euclidean norm of the query of this lane, as make_queries has it
+template <int D> SEQKV_FN float norm_of(const float * q) {
+    float sum = 0.0f;
+#pragma unroll
+    for (int i = threadIdx.x%8; i < D/4; i += 8) {
+        const float4 x = *(const float4 *) (q + 4*i);
+        sum += x.x*x.x + x.y*x.y + x.z*x.z + x.w*x.w;
+    }
+#pragma unroll
+    for (int i = 1; i < 8; i *= 2) {
+        sum += __shfl_xor_sync(0xffffffff, sum, i);
+    }
+    return sqrtf(sum);
+}
+
 //
 // attention
 //
@@ -347,6 +474,9 @@ SEQKV_FN int warp_sum(int x) {
 static constexpr __host__ __device__ int step_keys(int d) { return d == 64 ? 32 : 16; } // keys unpacked at a time
 static constexpr __host__ __device__ int max_nt   (int d) { return d == 256 ? 2 : 4; }  // tiles of 4 queries of a block
 static constexpr __host__ __device__ int max_warps(int d, int nt) { return d == 256 || nt == 4 ? 8 : nt == 2 ? 12 : 16; } // of a block: registers for all
+
+// Whether decode's warps can make the queries. There are no registers for more of them, and D of a profile is loaded for many
+static constexpr __host__ __device__ bool makes_queries(int nt, int kind) { return nt == 1 && kind > 0 && kind%2 == 0; }
 
 // What a warp needs for itself
 template <int D, int NT, int KIND> struct warp_smem {
@@ -384,7 +514,8 @@ static constexpr int ROWS = TILE/2; // copied at a time
 // blockIdx: (part, heads KV heads, stream x chunk of 4*NT queries). D: head_dim of keys and values.
 // KIND: of the types, see decode_kinds
 // early: kernels before this one that may still run write no cells
-template <int D, int NT, int KIND>
+// MAKES: makes the queries in the frames and attends to exact rows, too (see EXACT_PARTS), without a kernel before it; f is not used then
+template <int D, int NT, int KIND, bool MAKES>
 static __global__ void __launch_bounds__(max_warps(D, NT)*WARP_SIZE, 1) decode_kernel(seqkv_view a, frame_queries f, seqkv_parts parts, block_plan plan, block_tiles tiles, int n_chunks, bool early) {
     using smem_t = warp_smem<D, NT, KIND>;
     constexpr int NB = smem_t::NB, KEYS = smem_t::KEYS, LDK = smem_t::LDK, LDV = smem_t::LDV;
@@ -405,11 +536,12 @@ static __global__ void __launch_bounds__(max_warps(D, NT)*WARP_SIZE, 1) decode_k
     smem_t & sm = *kept((smem_t *) smem_raw + warp);
     char * ring = kept(smem_raw + plan.heads*plan.teams*sizeof(smem_t) + team*plan.ring);
     const bool  dense   = (KIND == 0 || GRADED) && a.form_k == SEQKV_DENSE; // graded keys alone have predictions
-    const int   tile0 = tiles.begin(blockIdx.x), tile1 = tiles.end(blockIdx.x);
+    const int   n_tiles = (a.p.n_kv + TILE - 1)/TILE, tile0 = tiles.begin(blockIdx.x), end = tiles.end(blockIdx.x), tile1 = MAKES ? min(end, n_tiles) : end;
     const int32_t * meta = a.meta + (int64_t) s*a.n_virt;
     const int   bits_v  = BITS ? BITS : a.bits_v;
     const int   block_k = a.size_k/NB, block_v = a.size_v/NB;
     const float log2e = 1.44269504f, scale2 = a.p.scale*log2e;
+
 
     // pieces 0..3 of a tile: K 0, K 1, V 0, V 1
     uint64_t * barrier = barriers[team];
@@ -514,6 +646,11 @@ static __global__ void __launch_bounds__(max_warps(D, NT)*WARP_SIZE, 1) decode_k
     if (threadIdx.x < 8*plan.teams) {
         barrier_init(&barriers[threadIdx.x/8][threadIdx.x%8], threadIdx.x%8 >= 4 ? plan.heads : bulk_copies ? 1 : plan.heads*WARP_SIZE);
     }
+    if constexpr (BITS) {
+        make_level_tables<BITS, GRADED>(sm.tables, lane);
+    } else {
+        load_level_tables(a.bits_k, a.graded_k, bits_v, sm.tables, TABLE_K, smem_t::TABLE_V, lane, WARP_SIZE);
+    }
     __syncthreads();
 
     // this lane's two cells of a tile, i = 0, 1: meta and mask of the first token
@@ -545,7 +682,13 @@ static __global__ void __launch_bounds__(max_warps(D, NT)*WARP_SIZE, 1) decode_k
     int from_digits = (index0*f.n4 + q0/4)*NB*WARP_SIZE + lane, from_scale = index0*f.n4*4 + q0 + t; // modulo 2^32, of which there are fewer
     keep(from_digits);
     keep(from_scale);
-    const auto load_queries = [&](int origin) {
+    const int own_q = MAKES ? (int) ((const char *) a.query_of(s, h, min(g/2, nq - 1)) - a.q) : 0;
+    float inv_q = 0.0f; // see make_queries
+    const auto get_queries = [&](int origin) {
+        if constexpr (MAKES) {
+            make_queries<D>((const float *) (a.q + own_q), a.rot.base + (int64_t) origin*a.rot.stride, a.p.neox, a.p.n_rot, inv_q, digits[0]);
+            return; // scale is that of all frames
+        }
         const uint32_t query = from_scale + origin*of_origin*4;
         const uint4 * from   = (const uint4 *) f.digits + (uint32_t) (from_digits + origin*of_origin*NB*WARP_SIZE);
         const float2 * factor = f.scale + query;
@@ -584,10 +727,34 @@ static __global__ void __launch_bounds__(max_warps(D, NT)*WARP_SIZE, 1) decode_k
         fill(piece, first_tile, true, 0);
     }
     load_meta(first_tile);
-    load_level_tables(BITS ? BITS : a.bits_k, BITS ? GRADED : a.graded_k, bits_v, sm.tables, TABLE_K, smem_t::TABLE_V, lane, WARP_SIZE);
+    const auto rotation_ahead = [&]() { // of the queries of the next tile, as its first cell has it
+        if constexpr (MAKES) {
+            const int32_t meta = __shfl_sync(0xffffffff, next_meta[0], 0);
+            if (meta >= 0 && 4*lane < a.p.n_rot) {
+                prefetch_to_l1(a.rot.origin(meta) + 4*lane);
+            }
+        }
+    };
     __syncwarp();
+    rotation_ahead();
+    if constexpr (MAKES) {
+        if (end > n_tiles) {
+#pragma unroll 1
+            for (int item = first_tile; item < end; item += plan.teams) {
+#pragma unroll 1
+                for (int part = (item - n_tiles)*EXACT_PARTS; item >= n_tiles && part < min((item - n_tiles + 1)*EXACT_PARTS, parts.n_parts - parts.n_z); ++part) {
+                    exact_part<D>(a, parts, s, h, 0, nq, a.p.n_kv + part*EXACT, parts.n_z + part, early);
+                }
+            }
+        }
+    }
     if (early) {
         ggml_cuda_pdl_sync();
+    }
+    if constexpr (MAKES) {
+        const float norm = norm_of<D>((const float *) (a.q + own_q));
+        inv_q      = norm > 0.0f ? DIGITS/sqrtf((float) D)/norm : 0.0f;
+        scale[0].x = __shfl_sync(0xffffffff, norm*(1.0f/DIGITS), 8*t);
     }
     for (int tile = first_tile; tile < tile1; tile += plan.teams) {
         int cell[2]; // place of its prediction | tokens that attend to it << 8
@@ -628,7 +795,7 @@ static __global__ void __launch_bounds__(max_warps(D, NT)*WARP_SIZE, 1) decode_k
         }
         const bool one_origin = first == last;
         int at = first; // the origin of the queries
-        load_queries(at); // long before they are needed
+        get_queries(at); // long before they are needed
 
         // scores
         const uint32_t * raw = own_k;
@@ -755,7 +922,15 @@ static __global__ void __launch_bounds__(max_warps(D, NT)*WARP_SIZE, 1) decode_k
                             o = next;
                             if (at != o) {
                                 at = o;
-                                load_queries(at);
+                                if constexpr (MAKES) {
+                                    const made_queries<D> x = make_queries_apart<D>((const float *) (a.q + own_q), a.rot.base + (int64_t) at*a.rot.stride, a.p.neox, a.p.n_rot, inv_q);
+#pragma unroll
+                                    for (int b = 0; b < NB; ++b) {
+                                        digits[0][b] = x.digits[b];
+                                    }
+                                } else {
+                                    get_queries(at);
+                                }
                             }
                             float sum[NT][2];
                             products(mt, sum);
@@ -782,6 +957,7 @@ static __global__ void __launch_bounds__(max_warps(D, NT)*WARP_SIZE, 1) decode_k
         }
 
         fill(0, tile + plan.teams, false, turn_k);
+        rotation_ahead();
 
         // gains of the values
         wait_for(2);
@@ -1025,37 +1201,44 @@ static void decode_case(ggml_backend_cuda_context & ctx, const ggml_tensor * dst
 
     const int nq       = a.n_tokens*a.group;
     const int n_chunks = (nq + 4*NT - 1)/(4*NT);
-    frame_queries f;
-    f.n_frames = (int) dst->src[8]->ne[1] - SEQKV_FRAME;
-    f.n4       = n_chunks*NT;
-    const int64_t n = (int64_t) a.n_stream*f.n_frames*a.p.n_head_kv*f.n4;
-    ggml_cuda_pool_alloc<uint32_t> digits(ctx.pool(), n*D*2);
-    ggml_cuda_pool_alloc<float2>   scale (ctx.pool(), n*4);
-    ggml_cuda_pool_alloc<int16_t>  pred  (ctx.pool(), a.form_k == SEQKV_DENSE ? n*4*SEQKV_FRAME : 1);
-    f.digits = digits.get();
-    f.scale  = scale.get();
-    f.pred   = pred.get();
-
     const auto & info = ggml_cuda_info().devices[ctx.device];
     const size_t smem_max = info.smpbo - static_smem(D, NT);
     size_t smem = 0;
     const block_plan plan = plan_block<D, NT, KIND>(a, smem_max, smem);
     const int n_threads = plan.heads*plan.teams*WARP_SIZE;
-    CUDA_SET_SHARED_MEMORY_LIMIT((decode_kernel<D, NT, KIND>), smem_max);
+    CUDA_SET_SHARED_MEMORY_LIMIT((decode_kernel<D, NT, KIND, false>), smem_max);
 
     static struct { int threads, blocks; size_t smem; } fits[GGML_CUDA_MAX_DEVICES] = {}; // blocks of a multiprocessor, as asked last
     auto & fit = fits[ctx.device];
     if (fit.threads != n_threads || fit.smem != smem) {
-        CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&fit.blocks, decode_kernel<D, NT, KIND>, n_threads, smem));
+        CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&fit.blocks, decode_kernel<D, NT, KIND, false>, n_threads, smem));
         fit.threads = n_threads;
         fit.smem    = smem;
     }
-    const int blocks  = info.nsm*std::max(1, fit.blocks);
+    const int most    = std::max(1, info.nsm*std::max(1, fit.blocks)/(a.p.n_head_kv/plan.heads*a.n_stream*n_chunks)); // blocks that run at the same time
     const int n_exact = (a.n_virt - a.p.n_kv + EXACT - 1)/EXACT;
-    const int n_tiles = (a.p.n_kv + TILE - 1)/TILE;
+    int       n_tiles = (a.p.n_kv + TILE - 1)/TILE;
+
+    // With more than two tiles a team that is shorter than a kernel of its own for the queries
+    const bool made = makes_queries(NT, KIND) && n_tiles > 2*plan.teams*most && a.n_tokens == 1 && a.form_k != SEQKV_DENSE &&
+        (!a.p.neox || a.p.n_rot == D) && (((uintptr_t) a.q | a.q_nb1 | a.q_nb2) & 15) == 0;
+    n_tiles += made ? (n_exact + EXACT_PARTS - 1)/EXACT_PARTS : 0;
+
+    frame_queries f = {};
+    ggml_cuda_pool_alloc<uint32_t> digits(ctx.pool());
+    ggml_cuda_pool_alloc<float2>   scale (ctx.pool());
+    ggml_cuda_pool_alloc<int16_t>  pred  (ctx.pool());
+    if (!made) {
+        f.n_frames = (int) dst->src[8]->ne[1] - SEQKV_FRAME;
+        f.n4       = n_chunks*NT;
+        const int64_t n = (int64_t) a.n_stream*f.n_frames*a.p.n_head_kv*f.n4;
+        f.digits = digits.alloc(n*D*2);
+        f.scale  = scale.alloc(n*4);
+        f.pred   = a.form_k == SEQKV_DENSE ? pred.alloc(n*4*SEQKV_FRAME) : nullptr;
+    }
 
     seqkv_parts parts;
-    parts.n_z      = std::max(1, std::min((n_tiles + plan.teams - 1)/plan.teams, blocks/(a.p.n_head_kv/plan.heads*a.n_stream*n_chunks)));
+    parts.n_z      = std::max(1, std::min((n_tiles + plan.teams - 1)/plan.teams, most));
     parts.n_parts  = parts.n_z + n_exact;
     parts.permuted = 1;
     const int64_t n_out = (int64_t) a.n_stream*a.n_tokens*a.n_head*parts.n_parts;
@@ -1065,19 +1248,26 @@ static void decode_case(ggml_backend_cuda_context & ctx, const ggml_tensor * dst
     parts.acc = acc.get();
 
     const block_tiles tiles = { n_tiles/parts.n_z, n_tiles%parts.n_z };
-    static int l2[GGML_CUDA_MAX_DEVICES] = { 0 }; // bytes of the L2 cache
-    if (l2[ctx.device] == 0) {
-        CUDA_CHECK(cudaDeviceGetAttribute(&l2[ctx.device], cudaDevAttrL2CacheSize, ctx.device));
+    if (!made) {
+        static int l2[GGML_CUDA_MAX_DEVICES] = { 0 }; // bytes of the L2 cache
+        if (l2[ctx.device] == 0) {
+            CUDA_CHECK(cudaDeviceGetAttribute(&l2[ctx.device], cudaDevAttrL2CacheSize, ctx.device));
+        }
+        const bool ahead_fits = 2*a.n_stream*parts.n_z*plan.teams*TILE*(a.k_nb1 + a.v_nb1) <= l2[ctx.device];
+        const first_tiles ahead = { tiles, parts.n_z, ahead_fits ? plan.teams : 0 };
+        if (a.form_k == SEQKV_DENSE) {
+            launch_queries<D, true>(ctx, a, f, parts, ahead);
+        } else {
+            launch_queries<D, false>(ctx, a, f, parts, ahead);
+        }
     }
-    const bool ahead_fits = 2*a.n_stream*parts.n_z*plan.teams*TILE*(a.k_nb1 + a.v_nb1) <= l2[ctx.device];
-    const first_tiles ahead = { tiles, parts.n_z, ahead_fits ? plan.teams : 0 };
-    if (a.form_k == SEQKV_DENSE) {
-        launch_queries<D, true>(ctx, a, f, parts, ahead);
-    } else {
-        launch_queries<D, false>(ctx, a, f, parts, ahead);
+    const ggml_cuda_kernel_launch_params launch(dim3(parts.n_z, a.p.n_head_kv/plan.heads, a.n_stream*n_chunks), dim3(n_threads), smem, stream);
+    if (!made) {
+        ggml_cuda_kernel_launch((decode_kernel<D, NT, KIND, false>), launch, a, f, parts, plan, tiles, n_chunks, frame != nullptr);
+    } else if constexpr (makes_queries(NT, KIND)) {
+        CUDA_SET_SHARED_MEMORY_LIMIT((decode_kernel<D, NT, KIND, true>), smem_max);
+        ggml_cuda_kernel_launch((decode_kernel<D, NT, KIND, true>), launch, a, f, parts, plan, tiles, n_chunks, frame != nullptr);
     }
-    ggml_cuda_kernel_launch((decode_kernel<D, NT, KIND>), ggml_cuda_kernel_launch_params(dim3(parts.n_z, a.p.n_head_kv/plan.heads, a.n_stream*n_chunks), dim3(n_threads), smem, stream),
-        a, f, parts, plan, tiles, n_chunks, frame != nullptr);
     seqkv_combine(ctx, a, parts, rows);
 }
 

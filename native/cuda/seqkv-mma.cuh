@@ -198,6 +198,7 @@ SEQKV_FN void prefetch(const char * from, int bytes) {
     }
 #endif
 }
+SEQKV_FN void prefetch_to_l1(const void * from) { asm volatile("prefetch.global.L1 [%0];" :: "l"(from)); }
 // of n threads, where there are no such barriers
 SEQKV_FN void named_barrier(int id, int n) { asm volatile("bar.sync %0, %1;" :: "r"(id), "r"(n) : "memory"); }
 

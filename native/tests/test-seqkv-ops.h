@@ -177,7 +177,7 @@ struct test_seqkv : public test_case {
                 ggml_backend_tensor_set(t, data.data(), 0, ggml_nbytes(t));
             } else if (name == "sinks") {
                 init_tensor_uniform(t, -10.0f, 10.0f);
-            } else if (mode == MODE_PERF && ggml_is_quantized(t->type)) { // many rows: a few again and again
+            } else if ((mode == MODE_PERF || ggml_nrows(t) > 32768) && ggml_is_quantized(t->type)) { // many rows: a few again and again
                 const int64_t n = 64, rows = ggml_nrows(t), size = ggml_row_size(t->type, t->ne[0]);
                 std::uniform_real_distribution<float> uniform(-3.0f, 3.0f);
                 std::vector<float> values(n*t->ne[0]);
@@ -288,6 +288,13 @@ struct test_seqkv : public test_case {
             attn(GGML_TYPE_SEQKV3, GGML_TYPE_SEQKV3, d, d, 32, 1, 320, 68, 1, 4, IN_ORDER, false, false, true);
             attn(GGML_TYPE_SEQKV4, GGML_TYPE_SEQKV4, d, d,  5, 4, 640, 68, 1, 16, IN_ORDER, false);
         }
+        // ... and so many cells for each of its blocks that it makes the queries
+        for (const ggml_type t : { GGML_TYPE_SEQKV2, GGML_TYPE_SEQKV3, GGML_TYPE_SEQKV4 }) {
+            attn(t, t, 128, 128, 8, 4, 600, 68, 1, 68, IN_ORDER, false, false, true);
+        }
+        attn(GGML_TYPE_SEQKV3, GGML_TYPE_SEQKV3, 128, 128, 8, 3, 590, 68, 1, 68, SCRAMBLED, false, false, false, 96);
+        attn(GGML_TYPE_SEQKV4, GGML_TYPE_SEQKV4, 64,  64,  8, 4, 600, 68, 1, 68, SHIFTED, false, true, true, 0, 30.0f);
+        attn(GGML_TYPE_SEQKV3, GGML_TYPE_SEQKV3, 256, 256, 4, 4, 600, 68, 1, 68, SHIFTED, false, false, true);
         // prefill around the edges of a tile of 256 query rows
         for (const int64_t n_tokens : { 85, 86, 127, 128, 129, 256, 300 }) {
             attn(GGML_TYPE_SEQKV3K, GGML_TYPE_SEQKV3, 64, 64, 1, n_tokens < 100 ? 3 : 2, 128, 68, n_tokens);

@@ -1,6 +1,9 @@
-// decode_kernel on the emulated machine against sums in double, from the same cells, digits of queries and predictions, and the exact rows' part of it.
+// decode_kernel on the emulated machine against sums in double, from the same cells, digits of queries (or the queries themselves, where it makes these) and
+// predictions, and the exact rows' part of it.
 // Arguments: orders of cells to try.
 #include "seqkv-decode-kernels.cuh"
+
+#include <array>
 
 extern "C" void ggml_abort(const char *, int, const char * text, ...) { fail(text); }
 
@@ -12,6 +15,7 @@ struct shape {
     int n_parts; // at most
     int pad;     // bytes behind a row of cells
     float softcap;
+    int n_rot;   // values that are turned, where the kernel makes the queries; less than 0: neox
 };
 static constexpr int H100 = 228*1024, SMALL = 99*1024;
 
@@ -43,17 +47,19 @@ template <int D> static void add_difference(const seqkv_parts & parts, int64_t r
     }
 }
 
-template <int D, int NT, int KIND> static void check(order cells, bool dense, const shape & x) {
+template <int D, int NT, int KIND, bool MAKES = false> static void check(order cells, bool dense, const shape & x) {
     constexpr int NB = D/64, BITS = KIND ? KIND/2 : 3, GRADED = KIND ? KIND%2 : 1, BLOCK_K = 1 + GRADED + 8*BITS, BLOCK_V = 1 + 8*BITS;
     const int kv_size = x.n_kv + 64, n_frames = kv_size/SEQKV_FRAME + 3, nq = x.n_tokens*x.group, n_chunks = (nq + 4*NT - 1)/(4*NT);
     seqkv_view a = {};
-    a.p.dk = a.p.dv = a.p.n_rot = D;
+    a.p.dk = a.p.dv = D;
+    a.p.n_rot     = abs(x.n_rot);
+    a.p.neox      = x.n_rot < 0;
     a.p.n_head_kv = x.n_head_kv;
     a.p.n_kv      = x.n_kv;
-    a.p.n_win     = 4;
-    a.p.scale     = 0.05f;
+    a.p.n_win     = MAKES ? 37 : 4;
+    a.p.scale     = MAKES ? 0.02f : 0.05f;
     a.p.softcap   = x.softcap;
-    a.n_virt      = x.n_kv + 4 + x.n_tokens;
+    a.n_virt      = x.n_kv + a.p.n_win + x.n_tokens;
     a.n_tokens    = x.n_tokens;
     a.n_stream    = x.n_stream;
     a.group       = x.group;
@@ -111,6 +117,34 @@ template <int D, int NT, int KIND> static void check(order cells, bool dense, co
     a.meta = meta.data();
     a.mask = (const char *) mask.data();
 
+    // queries, rotations and exact rows, where the kernel makes what it needs of them
+    const int n_exact = MAKES ? (a.p.n_win + x.n_tokens + EXACT - 1)/EXACT : 0, width = 2*D*x.n_head_kv;
+    std::vector<float> q, rot;
+    std::vector<half>  win, cur;
+    if constexpr (MAKES) {
+        const auto random = [] { return (rand()%2001 - 1000)/700.0f; };
+        q.resize((size_t) x.n_stream*a.n_head*D + 4);
+        rot.resize((size_t) (SEQKV_FRAME + n_frames)*a.p.n_rot + 4);
+        win.resize((size_t) x.n_stream*a.p.n_win*width + 8);
+        cur.resize((size_t) x.n_stream*width + 8);
+        std::generate(q.begin(), q.end(), random);
+        std::generate(win.begin(), win.end(), random);
+        std::generate(cur.begin(), cur.end(), random);
+        for (size_t i = 0; i < rot.size(); i += 2) {
+            const double angle = rand();
+            aligned(rot)[i]     = (float) cos(angle);
+            aligned(rot)[i + 1] = (float) sin(angle);
+        }
+        a.q       = (const char *) aligned(q);
+        a.q_nb1   = D*sizeof(float);
+        a.q_nb2   = a.n_head*a.q_nb1;
+        a.rot     = { aligned(rot), a.p.n_rot };
+        a.win     = (const char *) aligned(win);
+        a.win_nb1 = width*sizeof(half);
+        a.win_nb2 = a.p.n_win*a.win_nb1;
+        a.cur     = aligned(cur);
+    }
+
     frame_queries f;
     f.n_frames = n_frames;
     f.n4       = n_chunks*NT;
@@ -130,10 +164,10 @@ template <int D, int NT, int KIND> static void check(order cells, bool dense, co
     if (smem + static_smem(D, NT) > (size_t) x.smem || plan.heads*plan.teams > max_warps(D, NT)) {
         fail("a block that does not fit");
     }
-    const int n_tiles = (x.n_kv + TILE - 1)/TILE, n_threads = plan.heads*plan.teams*WARP_SIZE;
+    const int n_tiles = (x.n_kv + TILE - 1)/TILE + (n_exact + EXACT_PARTS - 1)/EXACT_PARTS, n_threads = plan.heads*plan.teams*WARP_SIZE;
     seqkv_parts parts;
     parts.n_z      = std::min((n_tiles + plan.teams - 1)/plan.teams, x.n_parts);
-    parts.n_parts  = parts.n_z + 1; // exact rows are none of this kernel's
+    parts.n_parts  = parts.n_z + std::max(n_exact, 1); // otherwise exact rows are none of this kernel's
     parts.permuted = 1;
     std::vector<float2> ml((size_t) x.n_stream*x.n_tokens*a.n_head*parts.n_parts, { NAN, NAN });
     std::vector<float>  acc(ml.size()*D, NAN);
@@ -143,11 +177,56 @@ template <int D, int NT, int KIND> static void check(order cells, bool dense, co
         for (unsigned y = 0; y < (unsigned) x.n_head_kv/plan.heads; ++y) {
             for (unsigned part = 0; part < (unsigned) parts.n_z; ++part) {
                 run_block(n_threads, { part, y, z }, [&] {
-                    decode_kernel<D, NT, KIND>(a, f, parts, plan, block_tiles { n_tiles/parts.n_z, n_tiles%parts.n_z }, n_chunks, part%2 == 0);
+                    decode_kernel<D, NT, KIND, MAKES>(a, f, parts, plan, block_tiles { n_tiles/parts.n_z, n_tiles%parts.n_z }, n_chunks, part%2 == 0);
                 });
             }
         }
     }
+
+    if constexpr (MAKES) { // exact rows: what check_exact has checked
+        std::vector<float2> ml1(ml.size(), { NAN, NAN });
+        std::vector<float>  acc1(acc.size(), NAN);
+        seqkv_parts apart = parts;
+        apart.ml  = ml1.data();
+        apart.acc = acc1.data();
+        for (int s = 0; s < x.n_stream; ++s) {
+            for (int h = 0; h < x.n_head_kv; ++h) {
+                for (int part = 0; part < n_exact; ++part) {
+                    run_block(WARP_SIZE, { 0, 0, 0 }, [&] { exact_part<D>(a, apart, s, h, 0, nq, x.n_kv + part*EXACT, parts.n_z + part, true); });
+                }
+            }
+        }
+        for (size_t row = 0; row < ml.size()/parts.n_parts; ++row) {
+            const size_t at = row*parts.n_parts + parts.n_z;
+            if (memcmp(&ml[at], &ml1[at], n_exact*sizeof(float2)) || memcmp(&acc[at*D], &acc1[at*D], n_exact*D*sizeof(float))) {
+                fail("other parts of exact rows");
+            }
+        }
+    }
+    std::map<std::array<int, 3>, std::vector<double>> turned; // (stream, head, origin) -> H R(-t0) q, in the order of dims
+    const auto made_query = [&](int s, int head, int origin) -> const std::vector<double> & {
+        std::vector<double> & z = turned[{ s, head, origin }];
+        if (z.empty()) {
+            const float * from = a.query(s, 0, head), * cs = a.rot.base + origin*a.rot.stride;
+            z.assign(from, from + D);
+            for (int pair = 0; pair < a.p.n_rot/2; ++pair) {
+                double & u = z[a.p.neox ? pair : 2*pair], & v = z[a.p.neox ? pair + a.p.n_rot/2 : 2*pair + 1];
+                const double u0 = u;
+                u = u*cs[2*pair] + v*cs[2*pair + 1];
+                v = v*cs[2*pair] - u0*cs[2*pair + 1];
+            }
+            for (int m = 1; m < D; m *= 2) {
+                for (int i = 0; i < D; ++i) {
+                    if (!(i & m)) {
+                        const double u = z[i], v = z[i | m];
+                        z[i]     = (u + v)*sqrt(0.5);
+                        z[i | m] = (u - v)*sqrt(0.5);
+                    }
+                }
+            }
+        }
+        return z;
+    };
 
     double error = 0, norm = 0;
     for (int64_t row = 0; row < (int64_t) x.n_stream*x.n_tokens*a.n_head; ++row) {
@@ -167,12 +246,16 @@ template <int D, int NT, int KIND> static void check(order cells, bool dense, co
                 memcpy(raw, a.cell_k(s, j, h) + b*BLOCK_K, BLOCK_K);
                 decode_block<BITS, GRADED, false>(raw, 0, nullptr, level, factor);
                 for (int i = 0; i < 64; ++i) { // word i/4%4 of run i/16
+                    if constexpr (MAKES) {
+                        dot += (double) factor[0]*(int8_t) (level[i/4] >> 8*(i%4))*made_query(s, head, m >> 8)[64*b + i/16*16 + i%4*4 + i/4%4];
+                        continue;
+                    }
                     const uint32_t * from = f.digits + index*f.n4*D*2 + ((iq/4*NB + b)*WARP_SIZE + 8*(iq%4) + i/4%4)*4 + i/16;
                     const int upper = (int8_t) (from[0] >> 8*(i%4)), lower = (int8_t) (from[16] >> 8*(i%4));
                     dot += (double) factor[std::min(i/16, 2)]*(int8_t) (level[i/4] >> 8*(i%4))*(256*upper + lower);
                 }
             }
-            const float2 factor = scale[index*4*f.n4 + iq];
+            const float2 factor = MAKES ? float2 { 1.0f, 0.0f } : scale[index*4*f.n4 + iq];
             logit[j] = a.p.scale*(dot*factor.x + (dense ? (double) factor.y*pred[(index*4*f.n4 + iq)*SEQKV_FRAME + pred_place(m & 63)] : 0.0));
             logit[j] = x.softcap ? x.softcap*tanh(logit[j]/x.softcap) : logit[j];
             max = std::max(max, logit[j]);
@@ -195,7 +278,7 @@ template <int D, int NT, int KIND> static void check(order cells, bool dense, co
         }
         add_difference<D>(parts, row, parts.n_z, want, sum, error, norm);
     }
-    printf("head_dim %d, %d tiles of queries, kind %d, %d KV heads, group %d, %d tokens, %d cells, order %d: block of %d heads x %d teams, whole %d %d: NMSE %.2g\n", D, NT, KIND,
+    printf("%shead_dim %d, %d tiles of queries, kind %d, %d KV heads, group %d, %d tokens, %d cells, order %d: block of %d heads x %d teams, whole %d %d: NMSE %.2g\n", MAKES ? "queries made, " : "", D, NT, KIND,
         x.n_head_kv, x.group, x.n_tokens, x.n_kv, cells, plan.heads, plan.teams, plan.whole_k, plan.whole_v, error/norm);
     if (!(error <= 1e-7*norm)) {
         fail("other sums");
@@ -341,6 +424,10 @@ int main(int argc, char ** argv) {
         check< 64, 2, 5>(cells, true,  {  3, 7, 1, 64*6,      1, H100,  1, 0, 0.0f });
         check<256, 1, 4>(cells, false, {  2, 3, 1, 64*5 + 40, 1, H100,  1, 0, 0.0f });
         check<256, 1, 8>(cells, false, {  4, 4, 1, 64*5,      1, H100,  1, 0, 0.0f });
+        check<128, 1, 4, true>(cells, false, {  8, 4, 1, 64*7 + 20, 1, H100,  2, 0, 0.0f, -128 });
+        check<128, 1, 6, true>(cells, false, {  8, 3, 1, 64*6,      2, SMALL, 2, 0, 0.0f,   96 });
+        check< 64, 1, 8, true>(cells, false, {  5, 4, 1, 64*7,      1, H100,  1, 3, 20.0f, -64 });
+        check<256, 1, 6, true>(cells, false, {  2, 4, 1, 64*6 + 9,  1, H100,  2, 0, 0.0f, -256 });
         check<256, 2, 0>(cells, true,  {  1, 3, 2, 64*9,      1, H100,  1, 0, 0.0f });
     }
 }

@@ -30,6 +30,23 @@ SEQKV_FN void mma_s8u8_k16(int (&c)[4], const uint32_t * a, uint32_t b) { mma_by
 SEQKV_FN void mma_s8u8_k32(int (&c)[4], const uint32_t * a, uint32_t b0, uint32_t b1) { mma_bytes<32, true >(c, a, b0, b1); }
 SEQKV_FN void mma_s8_k32  (int (&c)[4], const uint32_t * a, uint32_t b0, uint32_t b1) { mma_bytes<32, false>(c, a, b0, b1); }
 
+struct mma_f16_args { float * c; const uint32_t * a; uint32_t b[2]; };
+SEQKV_FN void mma_f16(float (&c)[4], const uint32_t * a, uint32_t b0, uint32_t b1) {
+    mma_f16_args own = { c, a, { b0, b1 } };
+    together(&own, [](mma_f16_args ** all) {
+        const auto value = [](const uint32_t & word, int i) { half x[2]; memcpy(x, &word, 4); return (float) x[i]; };
+        for (int row = 0; row < 16; ++row) {
+            for (int column = 0; column < 8; ++column) {
+                float sum = 0.0f;
+                for (int k = 0; k < 16; ++k) {
+                    sum += value(all[4*(row%8) + k%8/2]->a[row/8 + 2*(k/8)], k%2)*value(all[4*column + k%8/2]->b[k/8], k%2);
+                }
+                all[4*(row%8) + column/2]->c[2*(row/8) + column%2] += sum;
+            }
+        }
+    });
+}
+
 struct ldmatrix_args { uint32_t * r; const char * row; };
 template <bool TRANSPOSED> inline void ldmatrix(uint32_t * r, const void * row) {
     if ((uintptr_t) row & 15) {
@@ -101,8 +118,8 @@ SEQKV_FN void bulk_copy(void * dst, const void * src, int bytes, uint64_t * barr
     on_their_way.push_back({ dst, src, bytes, barrier, false });
 }
 SEQKV_FN void prefetch(const char *, int) {}
+SEQKV_FN void prefetch_to_l1(const void *) {}
 SEQKV_FN void named_barrier(int id, int n) { barrier_of(id, n); }
 
 // of the queries' kernel, which is not run
-template <class... T> SEQKV_FN void mma_f16(T &&...) { fail("no f16 tensor cores here"); }
-template <int D, class... T> SEQKV_FN void hadamard_mma(T &&...) { fail("no f16 tensor cores here"); }
+template <int D, class... T> SEQKV_FN void hadamard_mma(T &&...) { fail("not run here"); }
