@@ -146,3 +146,21 @@ template <int J> SEQKV_FN void seqkv_fwht_warp(float (&x)[J], int lane) {
         }
     }
 }
+
+// Hadamard transform of W values each, not normalized, over those bits of i of x[i] that are FROM or more
+template <int FROM, int N, int W> SEQKV_FN void seqkv_fwht_rows(float (&x)[N][W]) {
+#pragma unroll
+    for (int m = FROM; m < N; m *= 2) {
+#pragma unroll
+        for (int i = 0; i < N; ++i) {
+            if (!(i & m)) {
+#pragma unroll
+                for (int k = 0; k < W; ++k) {
+                    const float a = x[i][k], b = x[i | m][k];
+                    x[i][k]     = a + b;
+                    x[i | m][k] = a - b;
+                }
+            }
+        }
+    }
+}

@@ -390,20 +390,7 @@ template <int D> SEQKV_FN void make_queries(const float * q, const float * rot, 
             y[2*j + 1][i] = u - v;
         }
     }
-#pragma unroll
-    for (int m = 2; m < 2*NB; m *= 2) {
-#pragma unroll
-        for (int i = 0; i < 2*NB; ++i) {
-            if (!(i & m)) {
-#pragma unroll
-                for (int k = 0; k < 4; ++k) {
-                    const float u = y[i][k], v = y[i | m][k];
-                    y[i][k]     = u + v;
-                    y[i | m][k] = u - v;
-                }
-            }
-        }
-    }
+    seqkv_fwht_rows<2>(y);
 #pragma unroll
     for (int i = 0; i < 2*NB; ++i) {
 #pragma unroll
@@ -1219,7 +1206,7 @@ static void decode_case(ggml_backend_cuda_context & ctx, const ggml_tensor * dst
     const int n_exact = (a.n_virt - a.p.n_kv + EXACT - 1)/EXACT;
     int       n_tiles = (a.p.n_kv + TILE - 1)/TILE;
 
-    // With more than two tiles a team that is shorter than a kernel of its own for the queries
+    // With more than two tiles a team, that takes less time than a kernel of its own for the queries
     const bool made = makes_queries(NT, KIND) && n_tiles > 2*plan.teams*most && a.n_tokens == 1 && a.form_k != SEQKV_DENSE &&
         (!a.p.neox || a.p.n_rot == D) && (((uintptr_t) a.q | a.q_nb1 | a.q_nb2) & 15) == 0;
     n_tiles += made ? (n_exact + EXACT_PARTS - 1)/EXACT_PARTS : 0;

@@ -240,18 +240,5 @@ template <int D, int WIDTH> SEQKV_FN void hadamard_mma(const half * z, const uin
             }
         }
     }
-#pragma unroll
-    for (int m = WIDTH/8; m < D/8; m *= 2) {
-#pragma unroll
-        for (int n = 0; n < D/8; ++n) {
-            if (!(n & m)) {
-#pragma unroll
-                for (int e = 0; e < 4; ++e) {
-                    const float u = acc[n][e], v = acc[n | m][e];
-                    acc[n][e]     = u + v;
-                    acc[n | m][e] = u - v;
-                }
-            }
-        }
-    }
+    seqkv_fwht_rows<WIDTH/8>(acc);
 }
