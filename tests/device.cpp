@@ -8,6 +8,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <string>
+#include <vector>
 
 static constexpr int    N         = 2;
 static constexpr size_t ALIGNMENT = 128, MEMORY = (size_t) 8 << 30;
@@ -20,8 +21,9 @@ struct device {
 };
 static device devices[N];
 
-static std::atomic<long> n_set; // bytes written to tensors of the devices
+static std::atomic<long> n_set, n_together; // bytes written to tensors of the devices, copies that were under way together with others
 extern "C" long bytes_set() { return n_set; }
+extern "C" long copied_together() { return n_together; }
 
 static device & of(ggml_backend_dev_t dev) { return *(device *) dev->context; }
 
@@ -55,9 +57,36 @@ static ggml_backend_buffer_t alloc_buffer(ggml_backend_buffer_type_t buft, size_
     return ggml_backend_buffer_init(buft, iface, base, size);
 }
 
+// memory of the host that both devices read by themselves, as pinned memory is
+static ggml_backend_buffer_type host_type;
+
+static ggml_backend_buffer_t alloc_host(ggml_backend_buffer_type_t buft, size_t size) {
+    void * base = aligned_alloc(ALIGNMENT, (size + ALIGNMENT)/ALIGNMENT*ALIGNMENT);
+    if (!base) {
+        return nullptr;
+    }
+    ggml_backend_buffer_t buffer = ggml_backend_cpu_buffer_from_ptr(base, size);
+    buffer->buft = buft;
+    buffer->iface.free_buffer = free_buffer;
+    return buffer;
+}
+
 //
 // backend
 //
+
+struct copy {
+    void *       to;
+    const void * from;
+    size_t       size;
+};
+
+struct other_backend {
+    ggml_backend_t    cpu;
+    std::vector<copy> copies; // under way: done when they are waited for, as late as may be
+};
+
+static other_backend & of(ggml_backend_t b) { return *(other_backend *) b->context; }
 
 static ggml_guid_t guid() {
     static ggml_guid id = { 0x5e, 0x71, 0x6b, 0x76, 0x2d, 0x65, 0x64, 0x67, 0x65, 0x2d, 0x64, 0x65, 0x76, 0x69, 0x63, 0x65 };
@@ -68,16 +97,31 @@ static ggml_backend_t init_backend(ggml_backend_dev_t dev, const char *) {
     auto * backend = new ggml_backend {};
     backend->guid    = guid();
     backend->device  = dev;
-    backend->context = ggml_backend_cpu_init();
+    backend->context = new other_backend { ggml_backend_cpu_init(), {} };
     backend->iface.get_name = [](ggml_backend_t b) { return of(b->device).name.c_str(); };
     backend->iface.free     = [](ggml_backend_t b) {
-        ggml_backend_free((ggml_backend_t) b->context);
+        ggml_backend_free(of(b).cpu);
+        delete &of(b);
         delete b;
     };
-    backend->iface.synchronize  = [](ggml_backend_t) {}; // everything is done at once
+    backend->iface.set_tensor_async = [](ggml_backend_t b, ggml_tensor * t, const void * data, size_t offset, size_t size) {
+        of(b).copies.push_back({ (char *) t->data + offset, data, size });
+    };
+    backend->iface.synchronize = [](ggml_backend_t b) { // all else is done at once
+        auto & copies = of(b).copies;
+        for (const copy & c : copies) {
+            memcpy(c.to, c.from, c.size);
+            n_set += c.size;
+        }
+        n_together += copies.size() > 1 ? copies.size() : 0;
+        copies.clear();
+    };
     backend->iface.event_record = [](ggml_backend_t, ggml_backend_event_t) {};
     backend->iface.event_wait   = [](ggml_backend_t, ggml_backend_event_t) {};
     backend->iface.graph_compute = [](ggml_backend_t b, ggml_cgraph * graph) {
+        if (!of(b).copies.empty()) { // whose memory may be written again from here on
+            GGML_ABORT("%s: %zu copies are not waited for", of(b->device).name.c_str(), of(b).copies.size());
+        }
         for (int i = 0; i < ggml_graph_n_nodes(graph); ++i) { // nothing may lie where this device does not reach
             const ggml_tensor * node = ggml_graph_node(graph, i);
             const bool view = node->op == GGML_OP_NONE || node->op == GGML_OP_RESHAPE || node->op == GGML_OP_VIEW || node->op == GGML_OP_PERMUTE || node->op == GGML_OP_TRANSPOSE;
@@ -88,7 +132,7 @@ static ggml_backend_t init_backend(ggml_backend_dev_t dev, const char *) {
                 }
             }
         }
-        return ggml_backend_graph_compute((ggml_backend_t) b->context, graph);
+        return ggml_backend_graph_compute(of(b).cpu, graph);
     };
     return backend;
 }
@@ -138,6 +182,7 @@ static void make_device(int i, ggml_backend_reg_t reg) {
     };
     f.init_backend    = init_backend;
     f.get_buffer_type = [](ggml_backend_dev_t dev) { return &of(dev).buft; };
+    f.get_host_buffer_type = [](ggml_backend_dev_t) { return &host_type; };
     f.supports_op     = [](ggml_backend_dev_t, const ggml_tensor * op) { return ggml_backend_dev_supports_op(cpu(), op); };
     f.supports_buft   = [](ggml_backend_dev_t dev, ggml_backend_buffer_type_t buft) { return buft == &of(dev).buft; };
     f.event_new       = [](ggml_backend_dev_t dev) { return new ggml_backend_event { dev, nullptr }; };
@@ -156,5 +201,10 @@ extern "C" void register_devices() {
     for (int i = 0; i < N; ++i) {
         make_device(i, &reg);
     }
+    host_type.device = &devices[0].dev;
+    host_type.iface.get_name      = [](ggml_backend_buffer_type_t) { return "OTHER_Host"; };
+    host_type.iface.alloc_buffer  = alloc_host;
+    host_type.iface.get_alignment = [](ggml_backend_buffer_type_t) { return ALIGNMENT; };
+    host_type.iface.is_host       = [](ggml_backend_buffer_type_t) { return true; };
     ggml_backend_register(&reg);
 }

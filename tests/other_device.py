@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from test_cuda_live import *  # noqa: F403
@@ -19,10 +21,30 @@ def backend() -> str:
     return "OTHER"
 
 
+def counter(name: str) -> Callable[[], int]:
+    function = getattr(ctypes.CDLL(os.environ["OTHER_DEVICE"]), name)
+    function.restype = ctypes.c_long
+    return function
+
+
+@pytest.mark.parametrize("kv", ["f16", "seqkv3"])
+def test_inputs_of_a_token_are_copied_together(backend: str, tmp_path: Path, kv: str) -> None:
+    """One wait for all of them (the device aborts if there is none), where ubatches do not take turns: with a layer on the CPU."""
+    count = counter("copied_together")
+    some = Models(tmp_path, 2)  # noqa: F405
+    try:
+        with Context(some("llama-3l"), Setup(kv=kv)) as c:  # noqa: F405
+            c.decode(text(40))  # noqa: F405
+            before = count()
+            c.decode(text(1))  # noqa: F405
+        assert count() - before >= 3
+    finally:
+        some.close()
+
+
 def test_a_token_copies_what_changes(backend: str, gpu: Models) -> None:  # noqa: F405
     """Behind 3,000 tokens a token costs the copies of f16's cache (its mask), and what little changes of rotations and cells."""
-    count = ctypes.CDLL(os.environ["OTHER_DEVICE"]).bytes_set
-    count.restype = ctypes.c_long
+    count = counter("bytes_set")
     usual, mean = {}, {}
     for kv in ("f16", "seqkv3"):
         sizes = []

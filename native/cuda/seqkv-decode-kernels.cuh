@@ -53,9 +53,6 @@ struct query_tiles {
     int inv;       // 2^16/frames, rounded up
 };
 
-// Parts of exact rows that a warp takes in place of a tile where decode's blocks attend to them as well; these items come behind the last tile
-static constexpr int EXACT_PARTS = 3;
-
 // Tiles of a block: each of them, one more in the first rest blocks
 struct block_tiles {
     int each, rest;
@@ -501,7 +498,7 @@ static constexpr int ROWS = TILE/2; // copied at a time
 // blockIdx: (part, heads KV heads, stream x chunk of 4*NT queries). D: head_dim of keys and values.
 // KIND: of the types, see decode_kinds
 // early: kernels before this one that may still run write no cells
-// MAKES: makes the queries in the frames and attends to exact rows, too (see EXACT_PARTS), without a kernel before it; f is not used then
+// MAKES: makes the queries in the frames and attends to exact rows, too, without a kernel before it; f is not used then
 template <int D, int NT, int KIND, bool MAKES>
 static __global__ void __launch_bounds__(max_warps(D, NT)*WARP_SIZE, 1) decode_kernel(seqkv_view a, frame_queries f, seqkv_parts parts, block_plan plan, block_tiles tiles, int n_chunks, bool early) {
     using smem_t = warp_smem<D, NT, KIND>;
@@ -523,7 +520,7 @@ static __global__ void __launch_bounds__(max_warps(D, NT)*WARP_SIZE, 1) decode_k
     smem_t & sm = *kept((smem_t *) smem_raw + warp);
     char * ring = kept(smem_raw + plan.heads*plan.teams*sizeof(smem_t) + team*plan.ring);
     const bool  dense   = (KIND == 0 || GRADED) && a.form_k == SEQKV_DENSE; // graded keys alone have predictions
-    const int   n_tiles = (a.p.n_kv + TILE - 1)/TILE, tile0 = tiles.begin(blockIdx.x), end = tiles.end(blockIdx.x), tile1 = MAKES ? min(end, n_tiles) : end;
+    const int   tile0 = tiles.begin(blockIdx.x), tile1 = tiles.end(blockIdx.x);
     const int32_t * meta = a.meta + (int64_t) s*a.n_virt;
     const int   bits_v  = BITS ? BITS : a.bits_v;
     const int   block_k = a.size_k/NB, block_v = a.size_v/NB;
@@ -666,9 +663,13 @@ static __global__ void __launch_bounds__(max_warps(D, NT)*WARP_SIZE, 1) decode_k
     float2 scale[NT];
     const int16_t * pred = nullptr;
     const int index0 = (int) f.index(a, s, -SEQKV_FRAME, h), of_origin = f.n4*a.p.n_head_kv;
-    int from_digits = (index0*f.n4 + q0/4)*NB*WARP_SIZE + lane, from_scale = index0*f.n4*4 + q0 + t; // modulo 2^32, of which there are fewer
-    keep(from_digits);
-    keep(from_scale);
+    int from_digits = 0, from_scale = 0; // modulo 2^32, of which there are fewer
+    if constexpr (!MAKES) {
+        from_digits = (index0*f.n4 + q0/4)*NB*WARP_SIZE + lane;
+        from_scale  = index0*f.n4*4 + q0 + t;
+        keep(from_digits);
+        keep(from_scale);
+    }
     const int own_q = MAKES ? (int) ((const char *) a.query_of(s, h, min(g/2, nq - 1)) - a.q) : 0;
     float inv_q = 0.0f; // see make_queries
     const auto get_queries = [&](int origin) {
@@ -724,14 +725,11 @@ static __global__ void __launch_bounds__(max_warps(D, NT)*WARP_SIZE, 1) decode_k
     };
     __syncwarp();
     rotation_ahead();
-    if constexpr (MAKES) {
-        if (end > n_tiles) {
+    if constexpr (MAKES) { // a part of the exact rows each for the last teams of the last blocks, which have fewer tiles than others
+        if (team == plan.teams - 1) {
 #pragma unroll 1
-            for (int item = first_tile; item < end; item += plan.teams) {
-#pragma unroll 1
-                for (int part = (item - n_tiles)*EXACT_PARTS; item >= n_tiles && part < min((item - n_tiles + 1)*EXACT_PARTS, parts.n_parts - parts.n_z); ++part) {
-                    exact_part<D>(a, parts, s, h, 0, nq, a.p.n_kv + part*EXACT, parts.n_z + part, early);
-                }
+            for (int part = parts.n_z - 1 - blockIdx.x; part < parts.n_parts - parts.n_z; part += parts.n_z) {
+                exact_part<D>(a, parts, s, h, 0, nq, a.p.n_kv + part*EXACT, parts.n_z + part, early);
             }
         }
     }
@@ -1204,12 +1202,11 @@ static void decode_case(ggml_backend_cuda_context & ctx, const ggml_tensor * dst
     }
     const int most    = std::max(1, info.nsm*std::max(1, fit.blocks)/(a.p.n_head_kv/plan.heads*a.n_stream*n_chunks)); // blocks that run at the same time
     const int n_exact = (a.n_virt - a.p.n_kv + EXACT - 1)/EXACT;
-    int       n_tiles = (a.p.n_kv + TILE - 1)/TILE;
+    const int n_tiles = (a.p.n_kv + TILE - 1)/TILE;
 
     // With more than two tiles a team, that takes less time than a kernel of its own for the queries
     const bool made = makes_queries(NT, KIND) && n_tiles > 2*plan.teams*most && a.n_tokens == 1 && a.form_k != SEQKV_DENSE &&
         (!a.p.neox || a.p.n_rot == D) && (((uintptr_t) a.q | a.q_nb1 | a.q_nb2) & 15) == 0;
-    n_tiles += made ? (n_exact + EXACT_PARTS - 1)/EXACT_PARTS : 0;
 
     frame_queries f = {};
     ggml_cuda_pool_alloc<uint32_t> digits(ctx.pool());

@@ -363,8 +363,16 @@ void llama_seqkv::cells_written(uint32_t strm, const std::vector<uint32_t> & idx
         ext.x = cells.pos_get(c) % SEQKV_FRAME;
         cells.ext_set(c, ext);
     }
-    written[strm].insert(written[strm].end(), idxs.begin(), idxs.end());
-    changed = changed || written[strm].size() > cells.size();
+    add_written(strm, idxs);
+}
+
+void llama_seqkv::cell_removed(uint32_t strm, uint32_t cell) {
+    add_written(strm, { cell });
+}
+
+void llama_seqkv::add_written(uint32_t strm, const std::vector<uint32_t> & cells) {
+    written[strm].insert(written[strm].end(), cells.begin(), cells.end());
+    changed = changed || written[strm].size() > kv.v_cells[strm].size();
 }
 
 bool llama_seqkv::wanted(const llama_kv_cells & cells, uint32_t cell, llama_seq_id seq_id) const {
@@ -397,10 +405,24 @@ void llama_seqkv::begin_ubatch(const llama_kv_cache_context & mctx) {
 
     // a context of many tokens is not looked through for each new one, unless too many rows of rot are of origins that no cell has any more
     ub.id++;
-    ub.anew = changed || kv.other || ub.n_kv != n_kv || ub.n_tokens != n_tokens || ub.strm != sinfo.strm || ub.origins.size() > n_kv/SEQKV_FRAME + 32;
+    ub.anew = changed || kv.other || ub.strm != sinfo.strm || ub.origins.size() > n_kv/SEQKV_FRAME + 32;
     ub.written.assign(n_stream, {});
     for (uint32_t i = 0; i < n_stream && !ub.anew; ++i) {
         std::copy_if(written[sinfo.strm[i]].begin(), written[sinfo.strm[i]].end(), std::back_inserter(ub.written[i]), [&](uint32_t c) { return c < n_kv; });
+        for (uint32_t c = ub.n_kv; c < n_kv; ++c) {
+            ub.written[i].push_back(c);
+        }
+    }
+    if (ub.anew) {
+        ub.meta.assign((size_t) n_stream*n_virt, -1);
+        ub.origins.clear();
+        ub.row_of .clear();
+    } else if (ub.n_kv != n_kv || ub.n_tokens != n_tokens) {
+        const std::vector<int32_t> last = std::move(ub.meta);
+        ub.meta.assign((size_t) n_stream*n_virt, -1);
+        for (uint32_t i = 0; i < n_stream; ++i) {
+            std::copy_n(last.begin() + i*(last.size()/n_stream), std::min(ub.n_kv, n_kv), ub.meta.begin() + (size_t) i*n_virt);
+        }
     }
     changed = false;
     for (auto & w : written) {
@@ -414,11 +436,6 @@ void llama_seqkv::begin_ubatch(const llama_kv_cache_context & mctx) {
     ub.slot_cell.assign(n_stream, std::vector<int32_t>(n_slots, -1));
     ub.cur_cell .assign(n_stream, std::vector<int32_t>(n_tokens));
     ub.win_idxs .assign((size_t) n_stream*n_tokens, -1);
-    if (ub.anew) {
-        ub.meta   .assign((size_t) n_stream*n_virt, -1);
-        ub.origins.clear();
-        ub.row_of .clear();
-    }
 
     // exact rows of the ubatch stand for its blocks if no sequence's positions in it are a window apart
     std::unordered_map<llama_seq_id, std::pair<llama_pos, llama_pos>> span;
@@ -956,10 +973,15 @@ void llm_graph_input_seqkv::set_input(const llama_ubatch * ubatch) {
                         sq.rest.push_back({ cells.pos_get(c), c, 0 });
                     }
                 };
-                if (!ub.anew && known.ubatch + 1 == ub.id && known.seq == seq && known.first <= sq.first && known.causal == causal &&
-                        (int64_t) known.row.size() == mask->ne[0]) {
+                if (!ub.anew && known.ubatch + 1 == ub.id && known.seq == seq && known.causal == causal) {
+                    known.row.resize(mask->ne[0], drop);
+                    std::fill(known.row.begin() + ub.n_kv, known.row.end(), drop);
                     std::for_each(ub.written[i].begin(), ub.written[i].end(), look_at);
-                    std::for_each(known.behind.begin(), known.behind.end(), look_at);
+                    // cells behind this token, and those behind the last ubatch's first one
+                    const auto & at = cells.seq_pos_get(seq);
+                    for (auto c = at.upper_bound({ std::min(known.first, sq.first), UINT32_MAX }); c != at.end(); ++c) {
+                        look_at(c->second);
+                    }
                 } else {
                     row_held = false;
                     known.row.assign(mask->ne[0], drop);
@@ -967,17 +989,14 @@ void llm_graph_input_seqkv::set_input(const llama_ubatch * ubatch) {
                         look_at(c);
                     }
                 }
-                std::sort(sq.rest.begin(), sq.rest.end());
+                std::sort(sq.rest.begin(), sq.rest.end()); // of cells looked at twice one remains
+                sq.rest.erase(std::unique(sq.rest.begin(), sq.rest.end(), [](const place & a, const place & b) { return a.cell == b.cell; }), sq.rest.end());
                 sq.in_order = !sq.rest.empty() && std::adjacent_find(sq.rest.begin(), sq.rest.end(),
                     [](const place & a, const place & b) { return b.cell != a.cell + 1; }) == sq.rest.end();
                 known.ubatch = ub.id;
                 known.seq    = seq;
                 known.first  = sq.first;
                 known.causal = causal;
-                known.behind.clear();
-                for (const place & r : sq.rest) {
-                    known.behind.push_back(r.cell);
-                }
             }
             ggml_fp16_t * row = (ggml_fp16_t *) mask->data + it*mask->ne[0];
             if (row_held) {

@@ -84,7 +84,9 @@ public:
 
     // the cells idxs of a stream got new tokens
     void cells_written(uint32_t strm, const std::vector<uint32_t> & idxs);
-    // any cells got other positions or sequences, or were freed
+    // a cell of a stream lost sequences, or was freed
+    void cell_removed(uint32_t strm, uint32_t cell);
+    // any cells got other positions or sequences
     void cells_changed() { changed = true; }
 
     // a ubatch is about to be computed: lay out the virtual axis, move the window
@@ -150,13 +152,14 @@ private:
 
     // what happened to cells since the last ubatch
     bool changed = true;
-    std::vector<std::vector<uint32_t>> written; // per stream: cells with new tokens, if that is all
+    std::vector<std::vector<uint32_t>> written; // per stream: cells that got tokens or lost sequences, if that is all
+    void add_written(uint32_t strm, const std::vector<uint32_t> & cells);
 
     // the current ubatch
     struct {
         uint64_t id   = 0;
         bool     anew = true;                          // false: of all cells but `written`, it knows from the last ubatch
-        std::vector<std::vector<uint32_t>> written;    // per stream of the ubatch
+        std::vector<std::vector<uint32_t>> written;    // per stream of the ubatch, those that it did not have among them
         std::vector<llama_seq_id> strm;                // its streams
         uint32_t n_kv = 0, n_stream = 1, n_tokens = 0; // tokens per stream
         std::vector<std::vector<int32_t>>  slot_cell;  // per stream of the ubatch: cell of a slot before this ubatch, -1: none
@@ -175,7 +178,6 @@ private:
         llama_pos    first  = -1;           // position of that token
         bool         causal = true;
         std::vector<ggml_fp16_t> row;       // of the mask, exact rows not counted
-        std::vector<uint32_t>    behind;    // cells of the sequence behind that token
     };
     std::vector<attended> last_attended;
 

@@ -164,7 +164,7 @@ template <int D, int NT, int KIND, bool MAKES = false> static void check(order c
     if (smem + static_smem(D, NT) > (size_t) x.smem || plan.heads*plan.teams > max_warps(D, NT)) {
         fail("a block that does not fit");
     }
-    const int n_tiles = (x.n_kv + TILE - 1)/TILE + (n_exact + EXACT_PARTS - 1)/EXACT_PARTS, n_threads = plan.heads*plan.teams*WARP_SIZE;
+    const int n_tiles = (x.n_kv + TILE - 1)/TILE, n_threads = plan.heads*plan.teams*WARP_SIZE;
     seqkv_parts parts;
     parts.n_z      = std::min((n_tiles + plan.teams - 1)/plan.teams, x.n_parts);
     parts.n_parts  = parts.n_z + std::max(n_exact, 1); // otherwise exact rows are none of this kernel's
