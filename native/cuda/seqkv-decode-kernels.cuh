@@ -526,7 +526,6 @@ static __global__ void __launch_bounds__(max_warps(D, NT)*WARP_SIZE, 1) decode_k
     const int   block_k = a.size_k/NB, block_v = a.size_v/NB;
     const float log2e = 1.44269504f, scale2 = a.p.scale*log2e;
 
-
     // pieces 0..3 of a tile: K 0, K 1, V 0, V 1
     uint64_t * barrier = barriers[team];
     uint32_t turn_k = 0, turn_v = 0; // of the barriers of keys and of values: parity of the phase that this tile's pieces are there

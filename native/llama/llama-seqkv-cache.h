@@ -159,7 +159,7 @@ private:
     struct {
         uint64_t id   = 0;
         bool     anew = true;                          // false: of all cells but `written`, it knows from the last ubatch
-        std::vector<std::vector<uint32_t>> written;    // per stream of the ubatch, those that it did not have among them
+        std::vector<std::vector<uint32_t>> written;    // per stream of the ubatch; cells that the last one's axis did not have are among them
         std::vector<llama_seq_id> strm;                // its streams
         uint32_t n_kv = 0, n_stream = 1, n_tokens = 0; // tokens per stream
         std::vector<std::vector<int32_t>>  slot_cell;  // per stream of the ubatch: cell of a slot before this ubatch, -1: none
